@@ -1,0 +1,144 @@
+"""Facts about this process: its device, its rank, its number format, its folders, its environment.
+
+The only file that reads `os.environ` and the only one besides `optim.py` that calls collectives. It knows no model.
+"""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def env(name, default=None):
+    """The value of an environment variable, or `default` where it is unset or empty: places and secrets only, never hyperparameters.
+
+    Read by this project: NANOCHAT_BASE_DIR, NANOCHAT_DATA_DIR, NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, HF_TOKEN, HF_ENDPOINT,
+    WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_API_KEY, NANOCHAT_TEST_DATA, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE.
+    """
+    return os.environ.get(name) or default
+
+
+def base_dir():
+    """The folder of everything a run leaves behind: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Made where it is missing."""
+    path = Path(env("NANOCHAT_BASE_DIR", "~/.cache/nanochat")).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_atomic(path, data):
+    """Write bytes or text so that `path` holds either its old content or all of the new, whatever happens meanwhile."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def print0(*args, **kwargs):
+    """`print`, on rank 0 alone, and at once: a run's log is watched while it grows."""
+    if int(env("RANK", "0")) == 0:
+        print(*args, **{"flush": True, **kwargs})
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which number format this process computes, and its place among the ranks. One process is a world of 1."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+    def sum(self, value):
+        """A number or tensor, summed over all ranks; the same type comes back."""
+        if self.world_size == 1:
+            return value
+        if isinstance(value, torch.Tensor):
+            total = value.clone()
+            dist.all_reduce(total)
+            return total
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return type(value)(total.item())
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather_objects(self, value):
+        """Each rank's picklable `value` -> the list of all of them in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def synchronize(self):
+        """Wait until the device has done what it was asked: a clock read before this tells nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def native_dtype(device):
+    """bfloat16 where the hardware multiplies it natively (CUDA SM80+, AVX-512-BF16, AMX), else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        fast = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_flags():
+    """The processor's feature flags as the kernel lists them; empty where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def compute_init(device_type="", dtype=""):
+    """Choose device and dtype ("" = the best this machine has), join torchrun's process group if there is one -> Compute."""
+    rank, local_rank, world_size = (int(env(name, default)) for name, default in
+                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    if device_type not in ("", "cpu", "cuda", "mps"):
+        raise ValueError(f"device_type={device_type!r} is not one of cuda, mps, cpu: leave it empty to choose the best there is")
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}: leave it empty for bfloat16 where the hardware has it")
+    if not device_type:
+        device_type = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device_type='cuda', but torch sees 0 CUDA devices: use --device-type=cpu, or check the driver with nvidia-smi")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"rank {rank} wants CUDA device {local_rank}, but there are {torch.cuda.device_count()}: "
+                             "start torchrun with --nproc_per_node no larger than the number of GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
+    else:
+        device = torch.device(device_type)
+    if world_size > 1 and not dist.is_initialized():
+        if device_type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    return Compute(device, DTYPES[dtype] if dtype else native_dtype(device), rank, local_rank, world_size)
+
+
+def compute_cleanup():
+    if dist.is_initialized():
+        dist.destroy_process_group()
