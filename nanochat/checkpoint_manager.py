@@ -1,0 +1,207 @@
+"""Save, find and load checkpoints; build the model that one describes. One folder per stage and model tag.
+
+    <base_dir>/chatsft_checkpoints/d8/
+        model_000400.pt          weights by name (torch.save, loaded with weights_only)
+        optim_000400_rank0.pt    that rank's optimizer shard and random-number generators
+        meta_000400.json         sizes, config, loop state, tokenizer, SHA-256 of the files above
+
+The meta file is written last and names the others' checksums, so a checkpoint is whole exactly when its meta file is there and
+agrees. Each file appears under its name only when complete. A torn checkpoint is skipped in favour of the newest whole one.
+"""
+import dataclasses
+import hashlib
+import io
+import json
+import pickle
+import re
+import zipfile
+
+import torch
+
+from nanochat.common import Compute, base_dir, compute_init, print0, write_atomic
+from nanochat.configurator import config_dict
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import get_tokenizer
+from nanochat.training import LoopState, rng_state, set_rng_state
+
+FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+META = re.compile(r"meta_(\d{6,})\.json")
+
+
+def stage_dir(stage, model_tag):
+    """The folder of one stage of one model. ValueError names the stages there are."""
+    if stage not in FOLDERS:
+        raise ValueError(f"there is no stage {stage!r}: choose one of {', '.join(FOLDERS)}")
+    return base_dir() / FOLDERS[stage] / model_tag
+
+
+def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, tokenizer, keep_last=1, finished=False):
+    """Every rank writes its optimizer shard, rank 0 weights and, once all shards are there, the meta file; then older checkpoints
+    beyond `keep_last` (-1 = keep all) go. `finished` marks the end of the stage."""
+    folder = stage_dir(stage, model_tag)
+    shard = {"optimizer": optimizer.state_dict(), "rng": rng_state()} if optimizer else {"rng": rng_state()}
+    shard_name = f"optim_{state.step:06d}_rank{compute.rank}.pt"
+    files = {shard_name: write_tensors(folder / shard_name, shard)}
+    if compute.is_master:
+        model_name = f"model_{state.step:06d}.pt"
+        files[model_name] = write_tensors(folder / model_name, model.state_dict())
+    files = {name: digest for part in compute.gather_objects(files) for name, digest in part.items()}
+    if compute.is_master:
+        meta = {"stage": stage, "model_tag": model_tag, "step": state.step, "finished": finished,
+                "model_config": dataclasses.asdict(model.config), "config": config_dict(config), "state": state.to_dict(),
+                "tokenizer": tokenizer.fingerprint, "world_size": compute.world_size, "files": files}
+        write_atomic(folder / f"meta_{state.step:06d}.json", json.dumps(meta, indent=1))
+        prune(folder, keep_last)
+    compute.barrier()
+
+
+def write_tensors(path, content):
+    """torch.save, atomically -> the file's SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getbuffer()
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def prune(folder, keep_last):
+    """Remove all but the newest `keep_last` checkpoints: the meta file first, so that no torn checkpoint is ever seen as whole.
+    Files of a step without a meta file, left by a kill, go too."""
+    if keep_last < 1:
+        return
+    kept = set(saved_steps(folder)[-keep_last:])
+    for step in saved_steps(folder):
+        if step not in kept:
+            (folder / f"meta_{step:06d}.json").unlink()
+    for path in folder.iterdir():
+        numbered = re.fullmatch(r"(?:model|optim)_(\d{6,})(?:_rank\d+)?\.pt", path.name)
+        if (numbered and int(numbered[1]) not in kept) or path.name.endswith(".partial"):
+            path.unlink(missing_ok=True)
+
+
+def saved_steps(folder):
+    """The steps with a meta file, ascending."""
+    found = (META.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def read_meta(folder, step, with_optimizer_of=None):
+    """The meta file of a step, its model file (and one rank's shard) checked against the checksums. ValueError says what is wrong."""
+    path = folder / f"meta_{step:06d}.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it, the next older checkpoint will be used") from error
+    if "files" not in meta:
+        raise ValueError(f"{path} lists no files, so it is not a checkpoint of this project: import it with scripts.export_to_hf --import")
+    wanted = [f"model_{step:06d}.pt"] + ([] if with_optimizer_of is None else [f"optim_{step:06d}_rank{with_optimizer_of}.pt"])
+    for name in wanted:
+        if name not in meta["files"]:
+            raise ValueError(f"{path} was written by {meta.get('world_size')} processes and has no {name}: resume with that number of processes")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing although {path.name} lists it: the checkpoint is not whole")
+        with open(folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != meta["files"][name]:
+            raise ValueError(f"{folder / name} does not have the SHA-256 that {path.name} records "
+                             f"({digest[:12]}, not {meta['files'][name][:12]}): the file is torn or changed")
+    return meta
+
+
+def newest_whole(folder, rank=None, reject=()):
+    """The meta of the newest checkpoint that is whole, or None. Every torn one on the way is reported."""
+    for step in reversed(saved_steps(folder)):
+        try:
+            return read_meta(folder, step, with_optimizer_of=rank)
+        except ValueError as error:
+            print0(f"skipping checkpoint {step}: {error}")
+    return None
+
+
+def find_model_tag(stage):
+    """The tag used last at this stage. ValueError where there is none."""
+    parent = base_dir() / FOLDERS[stage]
+    tags = [(max(path.stat().st_mtime for path in folder.glob("meta_*.json")), folder.name)
+            for folder in (parent.iterdir() if parent.is_dir() else ()) if any(folder.glob("meta_*.json"))]
+    if not tags:
+        raise ValueError(f"there is no {stage} checkpoint under {parent}: run the {stage} stage first, or set NANOCHAT_BASE_DIR")
+    return max(tags)[1]
+
+
+def load_model(stage, device="cpu", phase="eval", model_tag=None, step=None, dtype=""):
+    """-> (model, tokenizer, meta): the model of the newest whole checkpoint (or of `step`), in eval or train mode.
+
+    `device` is a Compute, a torch.device or a name. `model_tag` None = the one saved last. ValueError where nothing whole is found
+    or where the tokenizer on disk is not the one the model was trained with.
+    """
+    if phase not in ("eval", "train"):
+        raise ValueError(f"phase={phase!r} is neither 'eval' nor 'train'")
+    if isinstance(device, Compute):
+        device, compute_dtype = device.device, device.dtype
+    else:
+        compute = compute_init(torch.device(device).type, dtype)
+        device, compute_dtype = torch.device(device), compute.dtype
+    stage_dir(stage, "")
+    model_tag = model_tag or find_model_tag(stage)
+    folder = stage_dir(stage, model_tag)
+    meta = newest_whole(folder) if step is None else read_meta(folder, step)
+    if meta is None:
+        raise ValueError(f"there is no whole checkpoint in {folder}: run the {stage} stage first")
+    tokenizer = get_tokenizer()
+    check_tokenizer(tokenizer, meta, folder)
+    model = GPT(GPTConfig(**meta["model_config"]), compute_dtype)
+    model.load_state_dict(read_tensors(folder / f"model_{meta['step']:06d}.pt"))
+    model.to(device)
+    model.train(phase == "train")
+    return model, tokenizer, meta
+
+
+def read_tensors(path):
+    """The content of a torch file, read with weights_only. ValueError for a torn or foreign file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is torn, or holds something other than tensors, and was not loaded ({type(error).__name__}: {error})") from error
+
+
+def check_tokenizer(tokenizer, meta, folder):
+    if tokenizer.fingerprint != meta["tokenizer"]:
+        raise ValueError(f"the model in {folder} was trained with tokenizer {meta['tokenizer'][:12]}, but {base_dir() / 'tokenizer'} holds "
+                         f"{tokenizer.fingerprint[:12]}: its ids would mean other words; restore that tokenizer or retrain")
+
+
+def resume(stage, model_tag, config, compute, model, optimizer):
+    """Fill model, optimizer and random-number generators from the newest checkpoint whole on all ranks -> LoopState, or None.
+
+    ValueError where the config differs from the saved one in a field that decides what is learned.
+    """
+    folder = stage_dir(stage, model_tag)
+    mine = newest_whole(folder, rank=compute.rank)
+    steps = compute.gather_objects(mine["step"] if mine else -1)
+    if min(steps) < 0:
+        return None
+    meta = read_meta(folder, min(steps), with_optimizer_of=compute.rank)
+    check_same_run(meta["config"], config_dict(config), folder)
+    model.load_state_dict(read_tensors(folder / f"model_{meta['step']:06d}.pt"))
+    shard = read_tensors(folder / f"optim_{meta['step']:06d}_rank{compute.rank}.pt")
+    optimizer.load_state_dict(shard["optimizer"])
+    set_rng_state(shard["rng"])
+    print0(f"resuming {stage} {model_tag} at step {meta['step']}")
+    return LoopState(**meta["state"])
+
+
+# fields that may change between a run and its continuation, because they only say how to watch it
+FREE_FIELDS = {"run", "resume", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile"}
+
+
+def check_same_run(saved, given, folder):
+    changed = [name for name in given if name not in FREE_FIELDS and saved.get(name) != json.loads(json.dumps(given[name]))]
+    if changed:
+        raise ValueError(f"{folder} was trained with {', '.join(f'{name}={saved.get(name)}' for name in changed)}, now asked for "
+                         f"{', '.join(f'{name}={given[name]}' for name in changed)}: repeat the old values to resume, or choose another --model-tag")
+
+
+def finished_checkpoint(stage, model_tag):
+    """The newest whole checkpoint's meta if it ended its stage, else None."""
+    meta = newest_whole(stage_dir(stage, model_tag))
+    return meta if meta and meta["finished"] else None

@@ -1,0 +1,134 @@
+"""MuonAdamW: Muon for the matrices inside the blocks, AdamW for embedding and head; state, sharding and averaging over ranks.
+
+Matrices of one shape form one stack (K, m, n). Over W ranks a stack is padded to a multiple of W, reduce-scattered, updated
+in shards, all-gathered: every rank keeps 1/W of the optimizer state (ZeRO stage 2, arXiv 1910.02054). An AdamW tensor is cut
+along its rows in the same way. The arithmetic is in adamw.py and muon.py and does not know of ranks.
+"""
+import torch
+import torch.distributed as dist
+
+from nanochat.adamw import adamw_update
+from nanochat.common import Compute
+from nanochat.muon import muon_update
+
+
+class Bundle:
+    """Parameters updated together: one embedding, or all matrices of one shape; and this rank's share of them."""
+
+    def __init__(self, kind, names, weights, rank, world_size, **hyper):
+        self.kind, self.names, self.weights, self.hyper, self.state = kind, names, weights, hyper, {}
+        self.rank, self.world_size = rank, world_size
+        rows = len(weights) if kind == "muon" else weights[0].size(0)
+        self.share = -(-rows // world_size)  # rows of the stack (or of the tensor) per rank, the last ones padding
+        self.rows = rows
+        self.shard_grad = self.work = self.flat_grad = None
+
+    def stacked(self, tensors):
+        """The bundle's tensors as one, padded with zero rows to `share * world_size`."""
+        whole = torch.stack(tensors) if self.kind == "muon" else tensors[0]
+        missing = self.share * self.world_size - self.rows
+        return torch.cat((whole, whole.new_zeros(missing, *whole.shape[1:]))) if missing else whole
+
+    def mine(self, whole):
+        return whole[self.rank * self.share:(self.rank + 1) * self.share]
+
+
+class MuonAdamW:
+    """`zero_grad()`, `step(lr_mult, grad_clip, momentum) -> gradient norm`, `state_dict()`, `load_state_dict()`.
+
+    The gradients of all ranks are averaged; the norm is taken, and clipped, after the averaging. `learning_rates` maps
+    "embedding", "unembedding", "matrix" to the rates at lr_mult 1. AdamW's rates shrink with sqrt(768 / width), because the
+    gradient of a wider embedding adds up over more channels; Muon's updates have unit scale at any width.
+    """
+
+    def __init__(self, model, compute, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0,
+                 betas=(0.8, 0.95), eps=1e-10, ns_steps=5):
+        self.compute = compute or Compute(model.device, model.compute_dtype)
+        rank, world_size = self.compute.rank, self.compute.world_size
+        width_scale = (model.config.n_embd / 768) ** -0.5
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.bundles = [
+            Bundle("adamw", ["transformer.wte.weight"], [model.transformer.wte.weight], rank, world_size, lr=embedding_lr * width_scale, **adam),
+            Bundle("adamw", ["lm_head.weight"], [model.lm_head.weight], rank, world_size, lr=unembedding_lr * width_scale, **adam),
+        ]
+        by_shape = {}
+        for name, weight in model.transformer.h.named_parameters():
+            by_shape.setdefault(tuple(weight.shape), []).append((f"transformer.h.{name}", weight))
+        for shape in sorted(by_shape):
+            names, weights = zip(*by_shape[shape])
+            self.bundles.append(Bundle("muon", list(names), list(weights), rank, world_size,
+                                       lr=matrix_lr, weight_decay=weight_decay, ns_steps=ns_steps, dtype=model.compute_dtype))
+
+    def zero_grad(self):
+        for bundle in self.bundles:
+            for weight in bundle.weights:
+                weight.grad = None
+
+    @torch.no_grad()
+    def step(self, lr_mult=1.0, grad_clip=0.0, momentum=0.95):
+        """Average, clip to `grad_clip` (0 = off), update. -> the norm of the averaged gradient before clipping, a float."""
+        self.reduce_gradients()
+        square = sum(bundle.shard_grad.float().square().sum() for bundle in self.bundles)
+        norm = float(self.compute.sum(square).sqrt())
+        if grad_clip and norm > grad_clip:
+            for bundle in self.bundles:
+                bundle.shard_grad.mul_(grad_clip / norm)
+        for bundle in self.bundles:
+            self.update(bundle, lr_mult, momentum)
+        for bundle in self.bundles:
+            self.collect(bundle)
+        return norm
+
+    def reduce_gradients(self):
+        """Every bundle's `shard_grad`: the average over ranks of its share of the gradient. Started all at once, then awaited."""
+        world_size = self.compute.world_size
+        for bundle in self.bundles:
+            grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bundle.weights]
+            whole = bundle.stacked(grads)
+            if world_size == 1:
+                bundle.shard_grad = whole
+                continue
+            bundle.shard_grad = torch.empty_like(bundle.mine(whole))
+            bundle.work = dist.reduce_scatter_tensor(bundle.shard_grad, whole.contiguous(), op=dist.ReduceOp.SUM, async_op=True)
+        for bundle in self.bundles:
+            if bundle.work is not None:  # wait(), not get_future(): gloo has none
+                bundle.work.wait()
+                bundle.shard_grad.div_(world_size)
+                bundle.work = None
+
+    def update(self, bundle, lr_mult, momentum):
+        """Move this rank's share; afterwards `bundle.shard` holds it. An all-padding share has nothing to move."""
+        bundle.shard = bundle.mine(bundle.stacked([weight.data for weight in bundle.weights]))
+        hyper = {**bundle.hyper, "lr": bundle.hyper["lr"] * lr_mult}
+        if bundle.kind == "adamw":
+            adamw_update(bundle.shard, bundle.shard_grad, bundle.state, **hyper)
+        else:
+            muon_update(bundle.shard, bundle.shard_grad, bundle.state, momentum=momentum, **hyper)
+
+    def collect(self, bundle):
+        """Give the moved shares to every rank and write them into the model's weights."""
+        whole = bundle.shard
+        if self.compute.world_size > 1:
+            whole = torch.empty(bundle.share * bundle.world_size, *bundle.shard.shape[1:], dtype=bundle.shard.dtype, device=bundle.shard.device)
+            dist.all_gather_into_tensor(whole, bundle.shard.contiguous())
+        rows = whole[:bundle.rows] if bundle.kind == "muon" else [whole[:bundle.rows]]
+        for weight, row in zip(bundle.weights, rows):
+            if row.data_ptr() != weight.data_ptr():
+                weight.copy_(row)
+        bundle.shard = bundle.shard_grad = None
+
+    def state_dict(self):
+        """This rank's share of the state, by the names of the parameters it belongs to."""
+        return {"rank": self.compute.rank, "world_size": self.compute.world_size,
+                "bundles": [{"names": bundle.names, "state": bundle.state} for bundle in self.bundles]}
+
+    def load_state_dict(self, saved):
+        """Take back what `state_dict` gave. ValueError where the ranks or the parameters are not the ones that were saved."""
+        if (saved["rank"], saved["world_size"]) != (self.compute.rank, self.compute.world_size):
+            raise ValueError(f"optimizer state of rank {saved['rank']} of {saved['world_size']} cannot serve rank {self.compute.rank} of "
+                             f"{self.compute.world_size}: resume with the same number of processes")
+        for bundle, entry in zip(self.bundles, saved["bundles"], strict=True):
+            if bundle.names != entry["names"]:
+                raise ValueError(f"the optimizer state is of {entry['names'][:2]}..., this model has {bundle.names[:2]}...: another architecture")
+            bundle.state = {key: value.to(bundle.weights[0].device) if isinstance(value, torch.Tensor) else value
+                            for key, value in entry["state"].items()}
