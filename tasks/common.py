@@ -165,6 +165,15 @@ class TaskMixture(TaskSequence):
         return super().get_example(self.order[index])
 
 
+def build_mixture(entries, overrides=None, seed=42):
+    """[(task name, arguments, epochs), ...], as in nanochat/data_recipes.py -> a TaskMixture. `overrides` {name: arguments} win."""
+    built = []
+    for name, arguments, epochs in entries:
+        task = get_task(name, **{**arguments, **(overrides or {}).get(name, {})})
+        built += [task] * epochs
+    return TaskMixture(built, seed=seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that task files share
 
