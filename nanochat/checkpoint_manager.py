@@ -2,7 +2,7 @@
 
     <base_dir>/chatsft_checkpoints/d8/
         model_000400.pt          weights by name (torch.save, loaded with weights_only)
-        optim_000400_rank0.pt    that rank's optimizer shard and random-number generators
+        optim_000400_rank0.pt    that rank's optimizer shard, random-number generators and position in the data
         meta_000400.json         sizes, config, loop state, tokenizer, SHA-256 of the files above
 
 The meta file is written last and names the others' checksums, so a checkpoint is whole exactly when its meta file is there and
@@ -39,7 +39,7 @@ def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, 
     """Every rank writes its optimizer shard, rank 0 weights and, once all shards are there, the meta file; then older checkpoints
     beyond `keep_last` (-1 = keep all) go. `finished` marks the end of the stage."""
     folder = stage_dir(stage, model_tag)
-    shard = {"optimizer": optimizer.state_dict(), "rng": rng_state()} if optimizer else {"rng": rng_state()}
+    shard = {"optimizer": optimizer.state_dict(), "rng": rng_state(), "loader": state.loader}  # what differs between ranks
     shard_name = f"optim_{state.step:06d}_rank{compute.rank}.pt"
     files = {shard_name: write_tensors(folder / shard_name, shard)}
     if compute.is_master:
@@ -48,7 +48,7 @@ def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, 
     files = {name: digest for part in compute.gather_objects(files) for name, digest in part.items()}
     if compute.is_master:
         meta = {"stage": stage, "model_tag": model_tag, "step": state.step, "finished": finished,
-                "model_config": dataclasses.asdict(model.config), "config": config_dict(config), "state": state.to_dict(),
+                "model_config": dataclasses.asdict(model.config), "config": config_dict(config), "state": {**state.to_dict(), "loader": {}},
                 "tokenizer": tokenizer.fingerprint, "world_size": compute.world_size, "files": files}
         write_atomic(folder / f"meta_{state.step:06d}.json", json.dumps(meta, indent=1))
         prune(folder, keep_last)
@@ -187,7 +187,7 @@ def resume(stage, model_tag, config, compute, model, optimizer):
     optimizer.load_state_dict(shard["optimizer"])
     set_rng_state(shard["rng"])
     print0(f"resuming {stage} {model_tag} at step {meta['step']}")
-    return LoopState(**meta["state"])
+    return LoopState(**{**meta["state"], "loader": shard["loader"]})
 
 
 # fields that may change between a run and its continuation, because they only say how to watch it

@@ -1,0 +1,144 @@
+"""Supervised fine-tuning: learn to answer. Loss on the assistant's tokens only, one conversation per row.
+
+    python -m scripts.chat_sft --recipe=offline --num-iterations=200
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --aqua_train_examples=20000 --aqua_val_examples=254
+"""
+from dataclasses import dataclass
+
+from nanochat.checkpoint_manager import load_model, resume, save_checkpoint
+from nanochat.common import base_dir, compute_cleanup, compute_init, print0
+from nanochat.configurator import config_dict, inherit, parse
+from nanochat.data_recipes import SFT, recipe
+from nanochat.dataloader import PaddedLoader
+from nanochat.engine import Engine
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import MuonAdamW
+from nanochat.report import add_section
+from nanochat.run_logger import RunLogger
+from nanochat.schedules import linear_decay, muon_momentum
+from nanochat.training import LoopState, Throughput, accumulate, every, optimizer_step, seed_everything, take
+from tasks.common import best_constant, build_mixture, get_task
+from tasks.evaluation import quick_accuracy
+
+
+@dataclass(frozen=True)
+class Config:
+    """Supervised fine-tuning: loss on the assistant's tokens only, one conversation per row."""
+    run: str = "dummy"                  # name of the wandb run ("dummy" = no wandb)
+    source: str = "mid"                 # stage to start from: base, mid, sft or rl
+    model_tag: str | None = None        # folder of the parent checkpoint, and of the result (None = the one saved last)
+    step: int | None = None             # step of the parent checkpoint (None = the newest)
+    device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
+    dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
+    compile: bool = True                # fuse with torch.compile
+    seed: int = 42                      # seed of the data order
+    recipe: str = "default"             # mixture from nanochat/data_recipes.py
+    data_dir: str | None = None         # folder of AQuA splits (None = NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, the base directory, the Hub)
+    aqua_train_examples: int = 20000    # rows of AQuA's train split in the mixture (-1 = all; more than there are = all)
+    aqua_val_examples: int = 254        # rows of AQuA's validation split for val/bpb and the inline accuracy
+    # Length
+    num_epochs: int = 1                 # passes over the mixture
+    num_iterations: int = -1            # optimizer steps instead (-1 = off)
+    # Batch
+    max_seq_len: int | None = None      # longest conversation in tokens (None = the model's context)
+    device_batch_size: int = 4          # conversations per rank per forward pass
+    target_examples_per_step: int = 32  # conversations per optimizer step over all ranks
+    # Optimizer
+    embedding_lr: float = 0.2           # AdamW learning rate of the embedding, at width 768
+    unembedding_lr: float = 0.004       # AdamW learning rate of the head, at width 768
+    matrix_lr: float = 0.02             # Muon learning rate of the matrices in the blocks
+    init_lr_frac: float = 0.02          # factor on all learning rates at the first step; falls linearly to 0
+    weight_decay: float = 0.0           # decoupled weight decay
+    grad_clip: float = 1.0              # largest gradient norm (0 = off)
+    # Watching
+    eval_every: int = 100               # steps between validation losses (-1 = off)
+    eval_steps: int = 100               # batches per validation loss, at most one pass
+    eval_metrics_every: int = 200       # steps between generative accuracies on AQuA's validation split (-1 = off)
+    eval_metrics_max_problems: int = 1024  # problems per accuracy
+    max_new_tokens: int = 256           # longest answer in that evaluation
+    save_every: int = -1                # steps between checkpoints (-1 = only the last)
+    keep_last: int = 1                  # checkpoints kept (-1 = all)
+    resume: bool = False                # go on from the newest whole checkpoint, if there is one
+
+
+def main(config):
+    compute = compute_init(config.device_type, config.dtype)
+    seed_everything(config.seed)
+
+    # Model and optimizer: the parent's weights, a fresh optimizer
+    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step)
+    config = inherit(config, {"model_tag": parent["model_tag"], "step": parent["step"], "max_seq_len": model.config.sequence_len},
+                     "model_tag", "step", "max_seq_len")
+    optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
+    state = resume("sft", config.model_tag, config, compute, model, optimizer) if config.resume else None
+    state = state or LoopState()
+    engine = Engine(model, tokenizer)
+
+    # Data
+    aqua_dir = {"data_dir": config.data_dir} if config.data_dir else {}
+    entries = recipe(SFT, config.recipe, base_dir=base_dir(), aqua_train_examples=config.aqua_train_examples)
+    train_task = build_mixture(entries, {"AQUA": aqua_dir}, config.seed)
+    val_task = get_task("AQUA", split="validation", stop=config.aqua_val_examples, **aqua_dir)
+    train_batches = loader(train_task, tokenizer, config, compute, state.loader or None)
+    examples_per_pass = config.device_batch_size * compute.world_size
+    if config.target_examples_per_step % examples_per_pass:
+        raise ValueError(f"target_examples_per_step={config.target_examples_per_step} is not a multiple of the {examples_per_pass} conversations "
+                         f"in one pass ({config.device_batch_size} x {compute.world_size} ranks): try {-(-config.target_examples_per_step // examples_per_pass) * examples_per_pass}")
+    micro_batches = config.target_examples_per_step // examples_per_pass
+    num_steps = config.num_iterations if config.num_iterations > 0 else max(1, config.num_epochs * len(train_task) // config.target_examples_per_step)
+    letter, share = best_constant(val_task)
+    print0(f"sft {config.model_tag}: {len(train_task):,} conversations, {num_steps} steps x {config.target_examples_per_step}; "
+           f"on the {len(val_task)} validation rows always-{letter} scores {share:.2%}")
+
+    if config.compile:
+        model.compile_for_training()
+    logger = RunLogger("sft", config, compute, num_steps, resume_step=state.step - 1 if state.step else None)
+    throughput = Throughput(model, compute)
+    token_bytes = tokenizer.token_bytes()
+    metrics = {}
+
+    for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
+        state.step = step
+        if every(config.eval_every, step, num_steps):
+            val_batches = loader(val_task, tokenizer, config, compute)
+            one_pass = -(-len(val_task) // examples_per_pass)
+            val = evaluate_bpb(model, take(val_batches, min(config.eval_steps, one_pass)), token_bytes, compute)
+            val_batches.close()
+            metrics.update({"val/bpb": val["bpb"], "val/loss": val["loss"]})
+            logger.log(step, {"val/bpb": val["bpb"], "val/loss": val["loss"]})
+        if every(config.eval_metrics_every, step, num_steps):
+            engine.refresh()
+            accuracy = quick_accuracy(val_task, engine, tokenizer, compute, config.eval_metrics_max_problems, config.max_new_tokens)
+            metrics.update(accuracy)
+            logger.log(step, {**accuracy, "eval/best_constant": share})
+        if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
+            save_checkpoint("sft", config.model_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
+        if step == num_steps:
+            break
+        throughput.start()
+        lr_mult = config.init_lr_frac * linear_decay(step, num_steps)
+        loss, tokens = accumulate(lambda batch: model(batch.inputs, batch.targets, loss_reduction="sum"),
+                                  take(train_batches, micro_batches), compute)
+        grad_norm = optimizer_step(optimizer, loss, step, lr_mult, config.grad_clip, muon_momentum(step))
+        speed, seconds = throughput.tick(tokens)
+        state.tokens += tokens
+        state.seconds += seconds
+        state.loader = train_batches.state()
+        logger.log(step, {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr_mult": lr_mult, "train/tokens": state.tokens, **speed})
+
+    if compute.is_master:
+        add_section("sft", f"Supervised fine-tuning of `{config.model_tag}` from {config.source} on recipe `{config.recipe}`: "
+                    f"{num_steps * config.target_examples_per_step:,} conversations in {state.seconds:.0f} s.",
+                    {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, **metrics})
+    train_batches.close()
+    logger.close()
+    compute_cleanup()
+
+
+def loader(task, tokenizer, config, compute, state=None):
+    return PaddedLoader(tokenizer, task, config.device_batch_size, config.max_seq_len, compute.rank, compute.world_size,
+                        compute.device, state=state, seed=config.seed)
+
+
+if __name__ == "__main__":
+    main(parse(Config))
