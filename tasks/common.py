@@ -174,6 +174,16 @@ def build_mixture(entries, overrides=None, seed=42):
     return TaskMixture(built, seed=seed)
 
 
+def build_mixture(recipe, seed=42):
+    """[(task name, arguments, epochs)] as in nanochat/data_recipes.py -> a TaskMixture; epochs repeats a task's rows."""
+    repeated = []
+    for name, arguments, epochs in recipe:
+        if epochs < 1 or epochs != int(epochs):
+            raise ValueError(f"{name} is asked for {epochs} epochs in the mixture: give a whole number from 1 on, or leave the line out")
+        repeated += [get_task(name, **arguments)] * int(epochs)
+    return TaskMixture(repeated, seed=seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces that task files share
 
