@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from nanochat.common import base_dir, print0, write_atomic
 from nanochat.configurator import parse
 from tasks.algebra import LARGEST, LEVELS, NAMES, SIZES, THINGS, make_problem, split_of
+from tasks.aqua import INSTRUCTION
 
 MANIFEST = "offline_manifest.json"
 SHARD_CHARS, VAL_SHARE, ROW_GROUP = 4_000_000, 0.02, 1_000  # text per shard; validation text in addition; documents per row group
@@ -189,6 +190,8 @@ def lookup_lists(r):
         asked = r.sample(list(zip(things, labels)), r.randint(1, n))
         frame = r.choice(("The letter of {thing} is {label}.", "{thing} has the letter {label}.", "Which letter is {thing}? {label}.",
                           "Look for {thing}. It is {label}.", "{thing}: {label}", "The {label} stands for {thing}."))
+        if r.random() < 0.35:                           # in the words of the AQuA prompt, so that the tokenizer learns them too
+            asked, frame = asked[:1], INSTRUCTION + "\n{thing}\nAnswer: {label}"
         parts.append("\n".join(lines) + "\n" + r.choice(("\n", " ")).join(frame.format(thing=thing, label=label) for thing, label in asked))
     return "\n\n".join(parts)
 
