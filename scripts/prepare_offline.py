@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import base_dir, print0, write_atomic
 from nanochat.configurator import parse
-from tasks.algebra import LARGEST, LEVELS, NAMES, SIZES, THINGS, make_problem, split_of
+from tasks.algebra import LARGEST, LEVELS, NAMES, SIZES, THINGS, draw_problem, make_problem, split_of
 from tasks.aqua import INSTRUCTION
 
 MANIFEST = "offline_manifest.json"
@@ -161,13 +161,13 @@ def make_documents(num_chars, seed, shard):
 
 def worked_problems(r):
     """Train problems with their solutions, as prose: the rationale's steps, no options, no letters."""
-    stream, levels = r.getrandbits(60), r.choice((LEVELS, LEVELS, (r.choice(LEVELS),)))
+    levels = r.choice((LEVELS, LEVELS, (r.choice(LEVELS),)))
     frame = r.choice(("{question} {steps}.", "{question}\n{steps}\n", "Question: {question}\nSolution: {steps}\n",
                       "{question} We write {steps}. The result is {value}.", "Problem. {question}\n{steps}\nIt is {value}.\n"))
     lines = []
-    for index in range(r.randint(4, 6)):
-        row = make_problem("train", index, r.choice(levels), seed=stream)
-        lines.append(frame.format(question=row["question"], steps=row["rationale"], value=row["rationale"].rpartition("=")[2]))
+    for _ in range(r.randint(4, 6)):
+        _, question, rationale, answer, _ = draw_problem(r, "train", r.choice(levels))
+        lines.append(frame.format(question=question, steps=rationale, value=answer))
     return "\n".join(lines)
 
 

@@ -60,14 +60,16 @@ def equation_subtract(r):
 
 @kind(1)
 def equation_multiply(r):
-    x, a = r.randint(2, 33), r.randint(2, 12)
+    a = r.randint(2, 33)
+    x = r.randint(1, LARGEST // a)
     b = a * x
     return (a, b), solve(r, f"{a}x={b}"), [f"x={b}/{a}={x}"], x, (b - a, b + a)
 
 
 @kind(1)
 def equation_divide(r):
-    a, b = r.randint(2, 12), r.randint(1, 33)
+    a = r.randint(2, 33)
+    b = r.randint(1, LARGEST // a)
     return (a, b), solve(r, f"x/{a}={b}"), [f"x={b}*{a}={b * a}"], b * a, (a + b, abs(b - a))
 
 
@@ -93,7 +95,8 @@ def loss(r):
 
 @kind(1)
 def product(r):
-    a, b = r.randint(2, 24), r.randint(2, 24)
+    a = r.randint(2, 33)
+    b = r.randint(2, LARGEST // a)
     one, thing = r.choice(NAMES), r.choice(THINGS)
     question = r.choice((f"One of the {thing} costs {a} coins. What do {b} {thing} cost?",
                          f"{one} has {a} boxes with {b} {thing} each. How many {thing} in all?",
@@ -103,7 +106,8 @@ def product(r):
 
 @kind(1)
 def share(r):
-    a, each = r.randint(2, 12), r.randint(2, 33)
+    a = r.randint(2, 33)
+    each = r.randint(2, LARGEST // a)
     total, one, thing = a * each, r.choice(NAMES), r.choice(THINGS)
     question = r.choice((f"{a} boys share {total} {thing}. How many does each get?",
                          f"{one} puts {total} {thing} into {a} equal boxes. How many in each?",
@@ -192,15 +196,20 @@ def change(r):
 
 @kind(2)
 def percent(r):
-    if r.random() < 0.6:
-        tens, share_ = r.randint(1, 9), r.randint(1, 9)
-        base, p, steps, answer = 10 * tens, 10 * share_, [f"{10 * tens}/10={tens}", f"{share_}*{tens}={share_ * tens}"], share_ * tens
-    else:
-        quarter, share_ = r.randint(1, 24), r.choice((1, 2, 3))
-        base, p, steps, answer = 4 * quarter, 25 * share_, [f"{4 * quarter}/4={quarter}", f"{share_}*{quarter}={share_ * quarter}"], share_ * quarter
-    thing = r.choice(THINGS)
+    base, p, n, k = draw_percent(r)
+    unit, thing = base // n, r.choice(THINGS)
     question = r.choice((f"What is {p}% of {base}?", f"{p}% of {base} {thing} are red. How many are red?"))
-    return (p, base), question, steps, answer, (base - answer, abs(base - p), answer + 10)
+    return (p, base), question, [f"{base}/{n}={unit}", f"{k}*{unit}={k * unit}"], k * unit, (base - k * unit, abs(base - p), unit)
+
+
+def draw_percent(r):
+    """-> (base, p, n, k) with p percent = k/n: tenths where the base allows it, else quarters or fifths."""
+    n = r.choice((10, 4, 5))
+    base, k = n * r.randint(1, LARGEST // n), r.randint(1, n - 1)
+    p = 100 * k // n
+    if base % 10 == 0 and p % 10 == 0:
+        n, k = 10, p // 10
+    return base, p, n, k
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,16 +235,15 @@ def ratio_share(r):
 
 @kind(3)
 def percent_left(r):
-    tens, share_, more = r.randint(1, 9), r.randint(1, 9), r.randint(0, 30)
-    base, part = 10 * tens, share_ * tens
-    (one, other), thing, down = people(r), r.choice(THINGS), r.random() < 0.7
-    result = base - part if down else base + part
-    question = r.choice((f"A {base} coin book is {10 * share_}% off. What does it cost?",
-                         f"{one} has {base} {thing} and gives away {10 * share_}%. How many are left?")) if down else r.choice((
-                         f"{one} has {base} {thing} and gets {10 * share_}% more. How many now?",
-                         f"A {base} coin book goes up by {10 * share_}%. What does it cost?"))
-    steps = [f"{base}/10={tens}", f"{share_}*{tens}={part}", f"{base}{'-' if down else '+'}{part}={result}"]
-    return (10 * share_, base), question, steps, result, (part, abs(base - 10 * share_), base - share_)
+    base, p, n, k = draw_percent(r)
+    unit, part, one, thing, sign = base // n, base // n * k, r.choice(NAMES), r.choice(THINGS), r.choice("--+")
+    result = base - part if sign == "-" else base + part
+    question = r.choice((f"A book for {base} coins is {p}% off. What does it cost?",
+                         f"{one} has {base} {thing} and gives away {p}%. How many are left?")) if sign == "-" else r.choice((
+                         f"{one} has {base} {thing} and gets {p}% more. How many now?",
+                         f"The price of {base} coins goes up by {p}%. What is it now?"))
+    return (p, base), question, [f"{base}/{n}={unit}", f"{k}*{unit}={part}", f"{base}{sign}{part}={result}"], result, (
+        part, abs(base - p), base - k)
 
 
 @kind(3)
@@ -368,6 +376,15 @@ def split_of(kind, numbers):
     return {0: "validation", 10: "test"}.get(bucket, "train")
 
 
+def draw_problem(r, split, level):
+    """-> (kind, question, rationale, answer, wrong) of a problem that belongs to the split."""
+    kind = r.choice(KINDS_OF_LEVEL[level])
+    while True:                                         # ends: test_algebra finds problems of each kind in each split
+        drawn = draw(r, kind)
+        if drawn and split_of(kind, drawn[0]) == split:
+            return kind, *drawn[1:]
+
+
 def draw(r, kind):
     """One sound problem of a kind -> (numbers, question, rationale, answer, wrong); None if the numbers came out unfit."""
     drawn = KINDS[kind][1](r)
@@ -382,20 +399,45 @@ def draw(r, kind):
     return numbers, question, rationale, int(answer), wrong
 
 
+# (size of the answer's cluster, sizes of the others) once for each place in the partitions 2+2+1, 3+2, 3+1+1 and 2+1+1+1
+SLOTS = ((2, (2, 1)),) * 4 + ((1, (2, 2)),) + ((3, (2,)),) * 3 + ((2, (3,)),) * 2 + ((3, (1, 1)),) * 3 + ((1, (3, 1)),) * 2 \
+    + ((2, (1, 1, 1)),) * 2 + ((1, (2, 1, 1)),) * 3
+STEPS = (1, 1, 2, 3, 5, 10, -1, -1, -2, -3, -5, -10)    # distances of near misses
+
+
 def choose_options(r, answer, wrong):
-    """Four wrong values, all different, in 0..99. The rank of the answer among the five is drawn first, so that neither the
-    middle nor an end of the list gives it away; half of the values are near misses of the mistakes, not of the answer."""
-    mistakes = [value for value in dict.fromkeys(wrong) if 0 <= value <= LARGEST and value != answer]
-    r.shuffle(mistakes)
-    pool = mistakes[:2]
-    for centre in (answer, *mistakes[:2], answer + r.choice((-10, 10)), r.randint(0, LARGEST)):
-        pool += [centre + r.choice((-1, 1)) * r.choice((1, 1, 2, 3, 5, 10)) for _ in range(2)]
-    pool = [value for value in dict.fromkeys(pool) if 0 <= value <= LARGEST and value != answer]
-    rest = [value for value in range(LARGEST + 1) if value != answer and value not in pool]
-    pool += sorted(rest, key=lambda value: (abs(value - answer) + r.random() * 8))
-    below = min(r.randint(0, 4), answer)                # how many options are smaller than the answer
-    below = max(below, 4 - (LARGEST - answer))
-    return [value for value in pool if value < answer][:below] + [value for value in pool if value > answer][:4 - below]
+    """Four wrong values, all different, in 0..99, such that the five options alone do not tell which one is right.
+
+    They come in clusters of near misses: one cluster holds the answer, the others a typical mistake each. The answer takes a
+    random place of the partition and of its cluster, so it is neither the centre of the crowd nor the lone value more often
+    than by chance, and its rank by size is drawn first."""
+    rank = max(min(r.randint(0, 4), answer), 4 - (LARGEST - answer))
+    mistakes = [value for value in wrong if 0 <= value <= LARGEST and value != answer]
+    for attempt in range(60):
+        own, others = r.choice(SLOTS)
+        values = set(cluster(r, answer, own))
+        for size in others:
+            # a random number now and then: kinds with one typical mistake would show it in every problem
+            centre = mistakes[int(r.random() * len(mistakes))] if mistakes and r.random() < 0.8 else int(r.random() * (LARGEST + 1))
+            values.update(cluster(r, centre, size))
+        if len(values) == 5 and min(values) >= 0 and max(values) <= LARGEST and sum(value < answer for value in values) == rank:
+            values.discard(answer)
+            return sorted(values)
+    below, above = list(range(answer)), list(range(answer + 1, LARGEST + 1))    # the numbers were too near to 0 or 99
+    return r.sample(below, rank) + r.sample(above, 4 - rank)
+
+
+def cluster(r, value, size):
+    """`size` near numbers, one of which is the value: any of them could be the one that the others were made from."""
+    if size == 1:
+        return (value,)
+    near = [0]
+    while len(near) < size:
+        other = near[int(r.random() * len(near))] + STEPS[int(r.random() * len(STEPS))]
+        if other not in near:
+            near.append(other)
+    shift = value - near[int(r.random() * size)]
+    return [number + shift for number in near]
 
 
 def make_problem(split, index, level=None, seed=42):
@@ -405,12 +447,7 @@ def make_problem(split, index, level=None, seed=42):
         raise ValueError(f"ALGEBRA has no split {split!r}: the {len(SIZES)} splits are {', '.join(SIZES)}")
     level = level or balanced(LEVELS, index, seed, split, "level")
     r = random.Random(f"{seed}|{split}|{index}|{level}")
-    kind = r.choice(KINDS_OF_LEVEL[level])
-    while True:                                         # ends: test_algebra counts the problems that each kind has in each split
-        drawn = draw(r, kind)
-        if drawn and split_of(kind, drawn[0]) == split:
-            break
-    _, question, rationale, answer, wrong = drawn
+    kind, question, rationale, answer, wrong = draw_problem(r, split, level)
     values = choose_options(r, answer, wrong)
     r.shuffle(values)
     place = balanced(range(5), index, seed, split, "letter")
