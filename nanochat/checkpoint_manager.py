@@ -170,16 +170,28 @@ def check_tokenizer(tokenizer, meta, folder):
                          f"{tokenizer.fingerprint[:12]}: its ids would mean other words; restore that tokenizer or retrain")
 
 
-def resume(stage, model_tag, config, compute, model, optimizer):
-    """Fill model, optimizer and random-number generators from the newest checkpoint whole on all ranks -> LoopState, or None.
+def start_or_resume(stage, model_tag, config, compute, model, optimizer):
+    """-> LoopState: a new one, or with config.resume that of the newest checkpoint whole on all ranks, with model, optimizer and
+    random-number generators filled from it.
 
-    ValueError where the config differs from the saved one in a field that decides what is learned.
+    Without config.resume the folder must be empty, or config.overwrite set, which empties it. ValueError otherwise, and where
+    a resumed run's config differs from the saved one in a field that decides what is learned.
     """
     folder = stage_dir(stage, model_tag)
+    if not config.resume:
+        steps = saved_steps(folder)
+        if steps and not config.overwrite:
+            raise ValueError(f"{folder} already holds {stage} checkpoints up to step {steps[-1]}: --resume goes on from there, "
+                             "--overwrite deletes them, another --model-tag leaves them alone")
+        compute.barrier()  # every rank has looked before rank 0 deletes
+        if compute.is_master:
+            clear(folder)
+        compute.barrier()
+        return LoopState()
     mine = newest_whole(folder, rank=compute.rank)
     steps = compute.gather_objects(mine["step"] if mine else -1)
     if min(steps) < 0:
-        return None
+        return LoopState()
     meta = read_meta(folder, min(steps), with_optimizer_of=compute.rank)
     check_same_run(meta["config"], config_dict(config), folder)
     model.load_state_dict(read_tensors(folder / f"model_{meta['step']:06d}.pt"))
@@ -190,8 +202,15 @@ def resume(stage, model_tag, config, compute, model, optimizer):
     return LoopState(**{**meta["state"], "loader": shard["loader"]})
 
 
+def clear(folder):
+    """Delete a folder's checkpoints, the meta files first, so that nothing torn is ever seen as whole."""
+    for pattern in ("meta_*.json", "model_*.pt", "optim_*.pt"):
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
+
+
 # fields that may change between a run and its continuation, because they only say how to watch it
-FREE_FIELDS = {"run", "resume", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile"}
+FREE_FIELDS = {"run", "resume", "overwrite", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile"}
 
 
 def check_same_run(saved, given, folder):

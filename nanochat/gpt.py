@@ -197,14 +197,14 @@ class GPT(nn.Module):
         total = summed_loss(hidden[wanted], self.lm_head.weight, targets[wanted], self.compiled)
         return total if loss_reduction == "sum" else total / wanted.sum()
 
-    def logprobs(self, inputs, targets):
-        """(B, T) inputs and targets -> log p(target) (B, T), 0 where the target is -1. Differentiable."""
-        return self.logprobs_of_hidden(self.hidden(inputs), targets)
+    def logprobs(self, inputs, targets, temperature=1.0):
+        """(B, T) inputs and targets -> log p(target) (B, T) at a temperature, 0 where the target is -1. Differentiable."""
+        return self.logprobs_of_hidden(self.hidden(inputs), targets, temperature)
 
-    def logprobs_of_hidden(self, hidden, targets):
+    def logprobs_of_hidden(self, hidden, targets, temperature=1.0):
         wanted = targets != -1
         result = torch.zeros(targets.shape, device=hidden.device)
-        result[wanted] = target_logprobs(hidden[wanted], self.lm_head.weight, targets[wanted], self.compiled)
+        result[wanted] = target_logprobs(hidden[wanted], self.lm_head.weight, targets[wanted], temperature, self.compiled)
         return result
 
     @torch.no_grad()

@@ -19,19 +19,19 @@ def capped(raw):
     return SOFTCAP * torch.tanh(raw.float() / SOFTCAP)
 
 
-def chunk_logprobs(raw, targets):
-    """raw (N, V), targets (N,) -> log p of the targets (N,) and the log-normalizer (N,)."""
-    logits = capped(raw)
+def chunk_logprobs(raw, targets, temperature):
+    """raw (N, V), targets (N,) -> log p of the targets (N,) at this temperature, and the log-normalizer (N,)."""
+    logits = capped(raw) / temperature
     normalizer = torch.logsumexp(logits, dim=-1)
     return logits.gather(1, targets[:, None])[:, 0] - normalizer, normalizer
 
 
-def chunk_gradient(raw, targets, normalizer, grad_logprobs):
-    """d(sum of grad_logprobs * logprobs) / d raw, in raw's dtype: through log-softmax, then through the cap."""
+def chunk_gradient(raw, targets, normalizer, grad_logprobs, temperature):
+    """d(sum of grad_logprobs * logprobs) / d raw, in raw's dtype: through log-softmax, the temperature, the cap."""
     tanh = torch.tanh(raw.float() / SOFTCAP)
-    probs = torch.exp(SOFTCAP * tanh - normalizer[:, None])
+    probs = torch.exp(SOFTCAP * tanh / temperature - normalizer[:, None])
     hit = torch.arange(raw.size(1), device=raw.device)[None] == targets[:, None]
-    return ((hit.float() - probs) * grad_logprobs[:, None] * (1 - tanh * tanh)).to(raw.dtype)
+    return ((hit.float() - probs) * grad_logprobs[:, None] * (1 - tanh * tanh) / temperature).to(raw.dtype)
 
 
 @lru_cache
@@ -50,13 +50,13 @@ class TargetLogprobs(torch.autograd.Function):
     """hidden (N, C), weight (V, C), targets (N,) -> log p (N,) float32. The backward pass computes the logits once more."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compiled):
+    def forward(ctx, hidden, weight, targets, temperature, compiled):
         cast = weight.to(hidden.dtype)
         logprobs, normalizer = (torch.empty(hidden.size(0), device=hidden.device) for _ in range(2))
         for rows in chunks(hidden, weight.size(0)):
-            logprobs[rows], normalizer[rows] = kernels(compiled)[0](F.linear(hidden[rows], cast), targets[rows])
+            logprobs[rows], normalizer[rows] = kernels(compiled)[0](F.linear(hidden[rows], cast), targets[rows], temperature)
         ctx.save_for_backward(hidden, weight, targets, normalizer)
-        ctx.compiled = compiled
+        ctx.temperature, ctx.compiled = temperature, compiled
         return logprobs
 
     @staticmethod
@@ -66,10 +66,10 @@ class TargetLogprobs(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for rows in chunks(hidden, weight.size(0)):
             raw = F.linear(hidden[rows], cast)
-            grad_raw = kernels(ctx.compiled)[1](raw, targets[rows], normalizer[rows], grad_logprobs[rows])
+            grad_raw = kernels(ctx.compiled)[1](raw, targets[rows], normalizer[rows], grad_logprobs[rows], ctx.temperature)
             grad_hidden[rows] = grad_raw @ cast
             grad_weight += grad_raw.T @ hidden[rows]
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 class SummedLoss(torch.autograd.Function):
@@ -87,9 +87,9 @@ class SummedLoss(torch.autograd.Function):
         logprobs_of, gradient_of = kernels(compiled)
         for rows in chunks(hidden, weight.size(0)):
             raw = F.linear(hidden[rows], cast)
-            logprobs, normalizer = logprobs_of(raw, targets[rows])
+            logprobs, normalizer = logprobs_of(raw, targets[rows], 1.0)
             total -= logprobs.sum()
-            grad_raw = gradient_of(raw, targets[rows], normalizer, minus_one[rows])
+            grad_raw = gradient_of(raw, targets[rows], normalizer, minus_one[rows], 1.0)
             grad_hidden[rows] = grad_raw @ cast
             grad_weight += grad_raw.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -101,15 +101,15 @@ class SummedLoss(torch.autograd.Function):
         return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total, None, None
 
 
-def target_logprobs(hidden, weight, targets, compiled=False):
-    """hidden (N, C), weight (V, C), targets (N,) -> log p of each target (N,), differentiable."""
-    return TargetLogprobs.apply(hidden, weight, targets, compiled)
+def target_logprobs(hidden, weight, targets, temperature=1.0, compiled=False):
+    """hidden (N, C), weight (V, C), targets (N,) -> log p of each target (N,) at this temperature, differentiable."""
+    return TargetLogprobs.apply(hidden, weight, targets, temperature, compiled)
 
 
 def summed_loss(hidden, weight, targets, compiled=False):
     """hidden (N, C), weight (V, C), targets (N,) -> the summed cross-entropy in nats, differentiable where gradients are on."""
     if not torch.is_grad_enabled():
-        return -TargetLogprobs.apply(hidden, weight, targets, compiled).sum()
+        return -TargetLogprobs.apply(hidden, weight, targets, 1.0, compiled).sum()
     return SummedLoss.apply(hidden, weight, targets, compiled)
 
 

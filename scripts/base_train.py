@@ -5,7 +5,7 @@
 """
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import resume, save_checkpoint
+from nanochat.checkpoint_manager import save_checkpoint, start_or_resume
 from nanochat.common import compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, parse
 from nanochat.dataloader import PretrainingLoader
@@ -18,7 +18,7 @@ from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
 from nanochat.tokenizer import get_tokenizer
-from nanochat.training import LoopState, Throughput, accumulate, every, num_micro_batches, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, every, num_micro_batches, optimizer_step, seed_everything, take
 
 SAMPLE_PROMPTS = ("The capital of France is", "If 5 x + 3 = 13 then x =", "The opposite of hot is", "12 + 7 =")
 
@@ -61,6 +61,7 @@ class Config:
     save_every: int = -1                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
     resume: bool = False                # go on from the newest whole checkpoint, if there is one
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
 
 
 def main(config):
@@ -74,8 +75,7 @@ def main(config):
                                   config.n_kv_head), compute.dtype).to(compute.device)
     model.init_weights(config.seed)
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
-    state = resume("base", model_tag, config, compute, model, optimizer) if config.resume else None
-    state = state or LoopState()
+    state = start_or_resume("base", model_tag, config, compute, model, optimizer)
     if config.compile:
         model.compile_for_training()
 

@@ -5,7 +5,7 @@
 """
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import load_model, resume, save_checkpoint
+from nanochat.checkpoint_manager import load_model, save_checkpoint, start_or_resume
 from nanochat.common import base_dir, compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.data_recipes import SFT, recipe
@@ -16,7 +16,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay, muon_momentum
-from nanochat.training import LoopState, Throughput, accumulate, every, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, every, optimizer_step, seed_everything, take
 from tasks.common import best_constant, build_mixture, get_task
 from tasks.evaluation import quick_accuracy
 
@@ -26,7 +26,8 @@ class Config:
     """Supervised fine-tuning: loss on the assistant's tokens only, one conversation per row."""
     run: str = "dummy"                  # name of the wandb run ("dummy" = no wandb)
     source: str = "mid"                 # stage to start from: base, mid, sft or rl
-    model_tag: str | None = None        # folder of the parent checkpoint, and of the result (None = the one saved last)
+    model_tag: str | None = None        # folder of the parent checkpoint  (None = the one saved last)
+    output_tag: str | None = None       # folder of the result (None = the parent's)
     step: int | None = None             # step of the parent checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
@@ -59,6 +60,7 @@ class Config:
     save_every: int = -1                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
     resume: bool = False                # go on from the newest whole checkpoint, if there is one
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
 
 
 def main(config):
@@ -67,11 +69,10 @@ def main(config):
 
     # Model and optimizer: the parent's weights, a fresh optimizer
     model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step)
-    config = inherit(config, {"model_tag": parent["model_tag"], "step": parent["step"], "max_seq_len": model.config.sequence_len},
-                     "model_tag", "step", "max_seq_len")
+    config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"], "max_seq_len": model.config.sequence_len},
+                     "model_tag", "output_tag", "step", "max_seq_len")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
-    state = resume("sft", config.model_tag, config, compute, model, optimizer) if config.resume else None
-    state = state or LoopState()
+    state = start_or_resume("sft", config.output_tag, config, compute, model, optimizer)
     engine = Engine(model, tokenizer)
 
     # Data
@@ -112,7 +113,7 @@ def main(config):
             metrics.update(accuracy)
             logger.log(step, {**accuracy, "eval/best_constant": share})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
-            save_checkpoint("sft", config.model_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
+            save_checkpoint("sft", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
         if step == num_steps:
             break
         throughput.start()

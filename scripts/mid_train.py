@@ -5,7 +5,7 @@
 """
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import load_model, resume, save_checkpoint
+from nanochat.checkpoint_manager import load_model, save_checkpoint, start_or_resume
 from nanochat.common import base_dir, compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.data_recipes import MID, recipe
@@ -15,7 +15,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
-from nanochat.training import LoopState, Throughput, accumulate, every, num_micro_batches, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, every, num_micro_batches, optimizer_step, seed_everything, take
 from tasks.common import build_mixture, get_task
 
 
@@ -23,7 +23,8 @@ from tasks.common import build_mixture, get_task
 class Config:
     """Mid-training: the conversation format, multiple choice and tool use, on rows packed full of conversations."""
     run: str = "dummy"                  # name of the wandb run ("dummy" = no wandb)
-    model_tag: str | None = None        # folder of the base checkpoint, and of the result (None = the one saved last)
+    model_tag: str | None = None        # folder of the base checkpoint  (None = the one saved last)
+    output_tag: str | None = None       # folder of the result (None = the parent's)
     step: int | None = None             # step of the base checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
@@ -53,6 +54,7 @@ class Config:
     save_every: int = -1                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
     resume: bool = False                # go on from the newest whole checkpoint, if there is one
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
 
 
 def main(config):
@@ -61,11 +63,10 @@ def main(config):
 
     # Model and optimizer: the base model's weights, a fresh optimizer
     model, tokenizer, parent = load_model("base", compute, "train", config.model_tag, config.step)
-    config = inherit(config, {**parent["config"], "model_tag": parent["model_tag"], "step": parent["step"]},
-                     "model_tag", "step", "max_seq_len", "device_batch_size", "total_batch_size")
+    config = inherit(config, {**parent["config"], "model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]},
+                     "model_tag", "output_tag", "step", "max_seq_len", "device_batch_size", "total_batch_size")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
-    state = resume("mid", config.model_tag, config, compute, model, optimizer) if config.resume else None
-    state = state or LoopState()
+    state = start_or_resume("mid", config.output_tag, config, compute, model, optimizer)
     if config.compile:
         model.compile_for_training()
 
@@ -96,7 +97,7 @@ def main(config):
             val_bpb = val["bpb"]
             logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"]})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
-            save_checkpoint("mid", config.model_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
+            save_checkpoint("mid", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
         if step == num_steps:
             break
         throughput.start()

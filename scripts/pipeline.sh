@@ -1,0 +1,57 @@
+# What run_aquarat_small.sh and its kin need to walk through stages: presets, skipping, resuming, stopping. Sourced.
+
+# One word describes all that a stage depends on: the stages before it and its own command. When any of them changes, it runs again.
+CHAIN="${CHAIN:-start}"
+
+choose_places() {
+    export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+    mkdir -p "$NANOCHAT_BASE_DIR/stages"
+    if [ "${FRESH:-0}" = 1 ]; then rm -f "$NANOCHAT_BASE_DIR"/stages/*; fi
+    WANDB_RUN="${WANDB_RUN:-dummy}"
+    SEED="${SEED:-42}"
+}
+
+choose_hardware() {
+    local gpus=0
+    if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true); fi
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
+    if [ -z "${PRESET:-}" ]; then if [ "$gpus" -gt 0 ]; then PRESET=gpu; else PRESET=cpu; fi; fi
+    case "$PRESET" in cpu|gpu) ;; *) die "PRESET=$PRESET is neither cpu nor gpu" ;; esac
+    if [ "$PRESET" = gpu ]; then
+        NPROC="${NPROC_PER_NODE:-$gpus}"
+        [ "$NPROC" -ge 1 ] || die "PRESET=gpu, but nvidia-smi lists 0 GPUs: use PRESET=cpu"
+        LAUNCH="torchrun --standalone --nproc_per_node=$NPROC -m"
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    else
+        NPROC=1
+        LAUNCH="python -m"
+        # huge pages for the allocator: 1.1 to 1.9 times the training speed on a CPU (dev/LOG.md)
+        export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2147483648:glibc.malloc.trim_threshold=4294967296}"
+    fi
+}
+
+# times_ranks N: the multiple of NPROC nearest to N, so that any number of GPUs divides a batch
+times_ranks() { local turns=$(( ($1 + NPROC / 2) / NPROC )); echo $(( (turns > 0 ? turns : 1) * NPROC )); }
+
+# stage NAME COMMAND...: run it unless it ended well before with the same command after the same stages
+stage() {
+    local name=$1; shift
+    CHAIN=$(printf '%s\n' "$CHAIN" "$@" | sha256sum | cut -c1-16)
+    local stamp="$NANOCHAT_BASE_DIR/stages/$name"
+    if [ "$(cat "$stamp.done" 2>/dev/null)" = "$CHAIN" ]; then
+        say "$name: done before, skipped"
+        return
+    fi
+    # a training stage that was interrupted goes on; one whose command changed starts over
+    local how=()
+    if [ "$name" != "${name#train-}" ]; then
+        if [ "$(cat "$stamp.started" 2>/dev/null)" = "$CHAIN" ]; then how=(--resume); else how=(--overwrite); fi
+    fi
+    printf '%s\n' "$CHAIN" > "$stamp.started"
+    rm -f "$stamp.done"
+    say "$name: $* ${how[*]}"
+    local began=$SECONDS
+    "$@" "${how[@]}" || die "stage $name failed: the lines above say why. Run the same command again to go on from there, or with FRESH=1 to start over"
+    printf '%s\n' "$CHAIN" > "$stamp.done"
+    say "$name: $((SECONDS - began)) s"
+}
