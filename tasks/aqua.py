@@ -136,18 +136,20 @@ def parse_options(options):
 
 
 # The ways in which 85 % of the rationales say the letter at their end. It is said again, once and in one style, by answer_parts.
-LEAD = r"(?:(?:hence|so|thus|therefore|then|and|i\.?\s?e\.?|∴|⇒|→|[=\-]+>)[\s,:]*)*"
-NOUN = r"(?:(?:the|our|my)\s+)?(?:(?:correct|right|final|required|best|only)\s+)?(?:answers?|answe|anwer|asnwer|ans|options?|choices?|opt|oa|imo)\b"
+NOUN = r"(?:answers?|answe|anwer|asnwer|ans|option|choice|opt|oa|imo)\b"
 LINK = r"(?:[\s:;\-–—=.,(\[{*\"'“‘]|\b(?:is|are|was|be|will|would|must|should|hence|option|choice|letter|answer|ans|the|correct)\b)*"
-STATEMENTS = [re.compile(pattern, re.IGNORECASE) for pattern in (
-    rf"(?:^|(?<=[\s.,;:!?)\]])){LEAD}[(\[]?{NOUN}{LINK}(?<![a-z])([A-H])(?:[\s.!)\]}}*\"'”’]*|\s*[)\]:.,=][^\n]{{0,100}}|\s+\([^\n]{{0,60}}\)\W*)$",
-    rf"(?:^|(?<=[\s.,;:!?)\]])){LEAD}(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+)?[(\[]?\b([A-H])[)\]]?\s+is\s+"
-    r"(?:(?:the|our)\s+)?(?:correct|right|best|required|answer|option|choice)(?:\s+(?:answer|option|choice|one))?[.!\s]*$",
-)]
-BARE = re.compile(r"(?:^|(?<=\n)|(?<=[.!?;]\s)|(?<=\s)(?:hence|so|thus|therefore|∴|⇒|[=\-]+>)[\s,:]*)[(\[]?([A-H])[\s.)\]]*$", re.IGNORECASE)
-DANGLING = re.compile(r"(?:\s|[,;:(\[\-–—*]|∴|⇒|→|=+>|\b(?:so|hence|thus|therefore|and|i\.e\.?)\b)+$", re.IGNORECASE)
-NAMES_LETTER = re.compile(r"\b(?:option|choice|answer|ans)s?\b[\s:.=\-(]*(?:(?:is|are)\b[\s:(]*)?[A-H]\b(?!')|[(\s][A-H]\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)"
-                          r"|(?:^|\n)\s*[(]?[A-H][).:]\s")
+TAIL = r"(?:[\s.!)\]}*\"'”’]*|\s*[)\]:.,=][^\n]{0,100}|\s+\([^\n]{0,60}\)\W*|\s+[$₹]?\d[\d.,%]*\W*)"
+STATEMENTS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    rf"(?<![a-z]){NOUN}{LINK}(?<![a-z])([A-H]){TAIL}$",                                          # the answer is B. / Ans: (B) 42
+    r"(?<![a-z])[(\[]?([A-H])[)\]]?\s+is\s+(?:(?:the|our)\s+)?"                                   # B is the right option.
+    r"(?:correct|right|best|required|answer|option|choice)(?:\s+(?:answer|option|choice|one))?[.!\s]*$",
+    r"^[(\[]?([A-H])[\s.)\]]*$|(?:[\n⇒→∴]|(?<=[.!?;])\s|[=\-]>|\s(?:hence|so|thus|therefore))[\s,:]*[(\[]?([A-H])[\s.)\]]*$",  # the letter alone
+))
+WEAK = re.compile(r"(?<=\d)\s*=\s*([A-H])\.?$|(?<=\d)\s+([B-H])\.?$")  # 50+20=70=D, 12-5=7 C
+DANGLING = re.compile(r"(?:\s|[,;:(\[\-–—*]|∴|⇒|→|=+>|\b(?:so|hence|thus|therefore|and|i\.e\.?|is|the|our|my|correct|right|final|required|best|only|option|choice"
+                      r"|answer|ans)\b)+$", re.IGNORECASE)
+NAMES_LETTER = re.compile(r"\b(?:[Oo]ption|OPTION|[Cc]hoice|CHOICE|[Aa]nswer|ANSWER|[Aa]ns|ANS)s?\b[\s:.=\-(]*(?:(?:is|are|IS)\b[\s:(]*)?[A-Hb-h]\b(?!['’])"
+                          r"|(?<![\w'’])[A-H]\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)|^[(]?[A-H][).:]\s", re.MULTILINE)
 
 
 def clean_rationale(text, letter):
@@ -157,14 +159,15 @@ def clean_rationale(text, letter):
     text = "\n".join(line for line in (" ".join(line.split()) for line in text.replace("\r", "\n").split("\n")) if line)
     stated = []
     while True:
-        tail = text[-240:]                              # no statement is longer, and the patterns stay cheap
-        found = next(filter(None, (pattern.search(tail) for pattern in STATEMENTS)), None)
-        if not found:
-            found = BARE.search(tail)
-            if not found or found[1].upper() != letter:
-                return text, stated
-        stated.append(found[1].upper())
-        text = DANGLING.sub("", text[:len(text) - len(tail) + found.start()])
+        tail = text[-160:]                              # no statement is longer, and the patterns stay cheap
+        for is_certain, pattern in ((True, STATEMENTS[0]), (True, STATEMENTS[1]), (False, STATEMENTS[2]), (False, WEAK)):
+            found = pattern.search(tail)
+            if found and (is_certain or found[found.lastindex].upper() == letter):
+                break
+        else:
+            return text, stated
+        stated.append(found[found.lastindex].upper())
+        text = text[:len(text) - len(tail)] + DANGLING.sub("", tail[:found.start()])
 
 
 def parse_row(row):
