@@ -23,6 +23,7 @@ INSTRUCTION = 'Reason, then end with the line "Answer: <letter>".'
 MAX_LETTERS = "ABCDEFGH"                                # options per question: 2 to 8
 FILES = {"train": ("train.jsonl", "train.json"), "validation": ("validation.jsonl", "dev.jsonl", "dev.json"),
          "test": ("test.jsonl", "test.json")}           # ours first, then the names of the original release
+RAW_FIELDS = ("question", "options", "rationale", "correct")
 COUNTS_FILE = "counts.json"                             # written by the preparing scripts: {split: {"rows": ...}}
 
 
@@ -38,16 +39,16 @@ def extract_answer(text, letters="ABCDE"):
 
     A lower-case letter, two letters, more words or a letter without "Answer:" are no answer: a fallback to lone letters would
     reward the article "a"."""
-    letters = "".join(letters)
+    if not letters:
+        return None
+    one = f"[{re.escape(''.join(letters))}]"
+    X = rf"(?:{one}|\({one}\))\.?"
+    ANSWER = "(?i:answer):"                              # any case here, but not for the letters
+    line = rf"{ANSWER}[ \t]*(?:{X}|\*\*{X}\*\*\.?)|\*\*{ANSWER}\*\*[ \t]*{X}|\*\*{ANSWER}[ \t]*{X}\*\*\.?"
     last = text.rstrip().rpartition("\n")[2].strip()
-    if len(last) > 80 or not letters:
+    if not re.fullmatch(line, last, re.ASCII):          # ASCII: else (?i:s) would match the long s, ſ
         return None
-    X = rf"(?:[{re.escape(letters)}]|\([{re.escape(letters)}]\))\.?"
-    line = rf"(?:answer:[ \t]*(?:{X}|\*\*{X}\*\*\.?)|\*\*answer:\*\*[ \t]*{X}|\*\*answer:[ \t]*{X}\*\*\.?)"
-    # (?i:...) must not reach the letters; ASCII keeps the long s (ſ) from counting as an s
-    if not re.fullmatch(line.replace("answer", "(?i:answer)"), last, re.ASCII):
-        return None
-    return next(letter for letter in last.partition(":")[2] if letter in letters)
+    return re.search(one, last.partition(":")[2])[0]
 
 
 class LetterTask(Task):
@@ -252,19 +253,23 @@ class AQUA(LetterTask):
 
     @staticmethod
     def _parse(row):
-        """-> (conversation or the fields of one, flags), or the reason to skip the row."""
+        """-> ((question, choices, rationale, letter) or a conversation, its other fields, flags), or the reason to skip the row."""
+        extras = {key: value for key, value in row.items() if key not in RAW_FIELDS}    # level, kind, source, ...
         if "messages" not in row:
             parsed = parse_row(row)
-            return parsed if isinstance(parsed, str) else (parsed[:-1], parsed[-1])
-        return check_prepared(row) or (row, ["the rationale names a letter"] if NAMES_LETTER.search(
-            message_text(row["messages"][-1]).rstrip().rpartition("\n")[0]) else [])
+            return parsed if isinstance(parsed, str) else (parsed[:-1], extras, parsed[-1])
+        reason = check_prepared(row)
+        if reason:
+            return reason
+        rationale = message_text(row["messages"][-1]).rstrip().rpartition("\n")[0]
+        return None, extras, ["the rationale names a letter"] if NAMES_LETTER.search(rationale) else []
 
     def num_examples(self):
         return len(self.rows)
 
     def get_example(self, index):
-        fields, flags = self.rows[index]
-        conversation = fields if isinstance(fields, dict) else build_conversation(*fields)
+        fields, extras, flags = self.rows[index]
+        conversation = {**build_conversation(*fields), **extras} if fields else extras
         # a rationale that speaks of "option B" would become wrong in another order
         if not self.permute_options or "the rationale names a letter" in flags:
             return conversation
