@@ -180,11 +180,11 @@ class PlainLines:
         if self.first is None:
             self.first, self.began = step, time.perf_counter()
         now = time.perf_counter()
-        is_training = any(name.startswith("train/") for name in metrics)
+        measured = is_evaluation(metrics)
         is_last = self.total_steps is not None and step >= self.total_steps - 1
-        if is_training and not is_last and now - self.printed < PLAIN_SECONDS:
+        if not measured and not is_last and now - self.printed < PLAIN_SECONDS:
             return
-        if is_training:
+        if not measured:
             self.printed = now
         place = f"step {step}" + (f"/{self.total_steps} ({100 * step / max(1, self.total_steps):.0f} %)" if self.total_steps else "")
         print(" | ".join([f"{self.stage} {place}", *shown(metrics), *self.time_left(step, now)]), flush=True)
@@ -216,7 +216,7 @@ class Bar:
             self.progress.update(self.task, completed=step)
             self.progress.start()
             self.started = True
-        if not any(name.startswith("train/") for name in metrics):
+        if is_evaluation(metrics):
             self.say(f"step {step} | " + " | ".join(shown(metrics)))
         self.progress.update(self.task, completed=step, metrics=" | ".join(shown(metrics)[:4]))
 
@@ -226,6 +226,10 @@ class Bar:
     def close(self):
         if self.started:
             self.progress.stop()
+
+
+def is_evaluation(metrics):
+    return any(name.startswith(("val/", "eval/")) for name in metrics)
 
 
 def shown(metrics):
