@@ -50,7 +50,7 @@ def main(config):
         questions = [row["question"] for row in splits["train"]]
         counts["leaks"], repeated = find_leaks(questions, held_out)
         counts["train"]["questions asked twice"] = len(questions) - len(set(map(normalised, questions)))
-        if config.drop_leaks:
+        if config.drop_leaks and repeated:
             splits["train"] = [row for index, row in enumerate(splits["train"]) if index not in repeated]
             counts["train"]["skipped"]["asks a validation or test question"] = len(repeated)
 
@@ -161,7 +161,7 @@ def measure(rows):
     answers = [message_text(row["messages"][-1]) for row in rows]
     lengths = sorted(len(answer.split()) for answer in answers)
     facts = {"letters": dict(sorted(letters.items())), "best_constant": [best, round(letters[best] / len(rows), 4)],
-             "options": dict(sorted(Counter(len(row["letters"]) for row in rows).items())),
+             "options": dict(sorted(Counter(str(len(row["letters"])) for row in rows).items())),
              "answer_words": {"median": lengths[len(lengths) // 2], "p90": lengths[int(0.9 * len(lengths))], "max": lengths[-1]}}
     if (base_dir() / "tokenizer").is_dir():
         from nanochat.tokenizer import get_tokenizer    # only here: the data can be prepared before there is a tokenizer

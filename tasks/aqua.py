@@ -122,7 +122,7 @@ def split_choices(prompt, letters):
                      f"render it by tasks.common.render_choices ({prompt[:60]!r}...)")
 
 
-LABEL = re.compile(r"\s*[(\[]?\s*([A-Ha-h])\s*[)\].:](?!\d*\.\d)\s*(.*)", re.DOTALL)
+LABEL = re.compile(r"\s*[(\[]?\s*([A-Ha-h])\s*[)\].:]\s*(.*)", re.DOTALL)
 
 
 def parse_options(options):
