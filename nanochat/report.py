@@ -26,7 +26,10 @@ from nanochat.run_logger import read_log
 SECTION_ORDER = ("tok_train", "tok_eval", "base", "base_loss", "base_eval", "mid", "sft", "rl")
 STAGES = ("base", "mid", "sft", "rl")
 COMMANDS = ("reset", "generate", "summarize")
-COLUMNS = ("stage", "model", "task", "n", "accuracy", "95 % interval", "best constant", "random", "no reasoning", "unreadable", "verdict")
+COLUMNS = ("stage", "model", "task", "n", "accuracy", "95 % interval", "best constant", "random", "no reasoning", "unreadable", "tokens", "vs blind")
+LEGEND = ("Blind answers are the better of the best constant letter and the task's random accuracy; a score is above them only if its whole "
+          "interval is. No reasoning: the letter is read off before any reasoning. Unreadable: completions without an answer in the one form that counts. "
+          "Tokens: the mean length of a completion.")
 
 
 @dataclass(frozen=True)
@@ -254,9 +257,10 @@ def result_row(row):
     interval = [metrics["ci_low"], metrics["ci_high"]]
     return (str(row["stage"]), str(row["model_tag"]) + (f"@{row['step']}" if row["step"] is not None else ""),
             str(row["task"]) + (f" {row['split']}" if row["split"] else ""), str(n) if n is not None else "-", percent(metrics["accuracy"]),
-            " to ".join(map(percent, interval)) if all(map(is_number, interval)) else "-",
+            f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if all(map(is_number, interval)) else "-",
             percent(constant.get("share")) + (f" ({constant['letter']})" if constant.get("letter") else ""),
-            percent(metrics["random_accuracy"]), percent(no_reasoning), failures or "-", verdict(row))
+            percent(metrics["random_accuracy"]), percent(no_reasoning), failures or "-",
+            f"{metrics['mean_tokens']:.0f}" if is_number(metrics["mean_tokens"]) else "-", verdict(row))
 
 
 def baseline(metrics):
@@ -269,9 +273,9 @@ def baseline(metrics):
 def verdict(row):
     """Whether the interval lies above what blind answers score: a difference inside the interval is not a result."""
     metrics, blind = row["metrics"], baseline(row["metrics"])
-    if blind is None or not is_number(metrics["ci_low"]):
+    if not blind or not is_number(metrics["ci_low"]):  # where blind answers score nothing, beating them says nothing
         return "-"
-    return "above blind answers" if metrics["ci_low"] > blind else "below blind answers" if metrics["ci_high"] < blind else "no better than blind"
+    return "above" if metrics["ci_low"] > blind else "below" if metrics["ci_high"] < blind else "no better"
 
 
 def percent(value):
@@ -304,8 +308,7 @@ def markdown_page(report):
     lines = ["# Report", "", *[f"- **{name}**: {value}" for name, value in report["facts"]], "", "## Results", ""]
     if report["evals"]:
         lines += markdown_table(COLUMNS, [result_row(row) for row in report["evals"]])
-        lines += ["", "*Blind answers*: the better of the best constant letter and the task's random accuracy. "
-                  "*Unreadable*: completions without an answer in the one form that counts."]
+        lines += ["", LEGEND]
     curves = [(run["stage"], run["model_tag"], name, sparkline(series(run, name)[1]), *[f"{series(run, name)[1][place]:.4g}" for place in (0, -1)])
               for run in report["runs"] for name in ("train/loss", "val/bpb", "rl/mean_reward", "rl/acc") if series(run, name)[0]]
     if curves:

@@ -12,18 +12,18 @@ import matplotlib
 from markdown_it import MarkdownIt  # comes with rich
 from matplotlib.figure import Figure
 
-from nanochat.report import COLUMNS, baseline, is_number, percent, result_row, series, texts, verdict
+from nanochat.report import COLUMNS, LEGEND, baseline, is_number, percent, result_row, series, texts, verdict
 
 INK, MUTED, FAINT, RULE = "#1c2733", "#5f6c7b", "#a9b4c0", "#e4e8ed"
 STAGE_COLORS = {"base": "#7a8797", "mid": "#2b8a83", "sft": "#2f6db5", "rl": "#cf5b36"}
-VERDICT_CLASSES = {"above blind answers": "good", "no better than blind": "flat", "below blind answers": "bad"}
+VERDICT_CLASSES = {"above": "good", "no better": "flat", "below": "bad"}
 MAX_SAMPLES = 8
 
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f5f6f8; color: #1c2733; font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 56px 32px 96px; }
+main { max-width: 1080px; margin: 0 auto; padding: 56px 32px 96px; }
 header h1 { margin: 0; font-size: 34px; line-height: 1.2; letter-spacing: -0.02em; }
 header p { margin: 8px 0 0; color: #5f6c7b; }
 h2 { margin: 56px 0 16px; font-size: 21px; letter-spacing: -0.01em; }
@@ -35,7 +35,7 @@ p { margin: 0 0 12px; }
 code { font: 0.9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #edf0f4; padding: 1px 5px; border-radius: 4px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 0; }
 pre code { background: none; padding: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 16px; margin-top: 32px; }
+.tiles { display: grid; grid-template-columns: repeat(var(--across), 1fr); gap: 16px; margin-top: 32px; }
 .tile, .card { background: #fff; border: 1px solid #e4e8ed; border-radius: 12px; }
 .tile { padding: 18px 20px; }
 .tile .label { font-size: 13px; color: #5f6c7b; }
@@ -47,10 +47,11 @@ figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
 figcaption { font-size: 14px; color: #5f6c7b; margin-top: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: #5f6c7b; padding: 6px 14px 8px 0; border-bottom: 1px solid #cfd6de; vertical-align: bottom; }
-td { padding: 9px 14px 9px 0; border-bottom: 1px solid #edf0f4; vertical-align: top; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; color: #5f6c7b; padding: 6px 12px 8px 0; border-bottom: 1px solid #cfd6de; vertical-align: bottom; }
+td { padding: 9px 12px 9px 0; border-bottom: 1px solid #edf0f4; vertical-align: top; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
+tr.first td { border-top: 2px solid #dbe1e8; }
 th:last-child, td:last-child { padding-right: 0; }
 td.number, th.number { text-align: right; }
 td.strong { font-weight: 650; }
@@ -68,7 +69,7 @@ td.strong { font-weight: 650; }
 summary { cursor: pointer; color: #2f6db5; font-size: 14px; }
 details pre { margin-top: 10px; }
 ul.missing { margin: 0; padding-left: 20px; color: #5f6c7b; }
-@media (max-width: 640px) { main { padding: 32px 16px 64px; } .card { padding: 16px; } }
+@media (max-width: 760px) { .tiles { grid-template-columns: 1fr 1fr; } main { padding: 32px 16px 64px; } .card { padding: 16px; } }
 @media print { body { background: #fff; } .tile, .card { break-inside: avoid; } }
 """
 
@@ -100,7 +101,7 @@ def tiles(report):
     if row:
         texts_of_row = dict(zip(COLUMNS, result_row(row)))
         found.append((f"{texts_of_row['task']} after {row['stage']}", texts_of_row["accuracy"], f"{texts_of_row['95 % interval']}, n = {texts_of_row['n']}"))
-        found.append(("Blind answers there score", percent(baseline(row["metrics"])), f"verdict: {verdict(row)}"))
+        found.append(("Blind answers there score", percent(baseline(row["metrics"])), {"above": "the model is above them", "no better": "the model is no better", "below": "the model is below them"}.get(verdict(row), "")))
     base = next((section["data"] for section in report["sections"] if section["name"] == "base"), {})
     if is_number(base.get("parameters")):
         found.append(("Parameters", large(base["parameters"]), f"{large(base['tokens'])} training tokens" if is_number(base.get("tokens")) else ""))
@@ -112,7 +113,8 @@ def tiles(report):
             found.append((name, short, rest.rstrip(")")))
     cells = [f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div><div class="under">{escape(under)}</div></div>'
              for label, value, under in found]
-    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
+    across = 3 if len(cells) in (3, 5, 6) else 4
+    return f'<div class="tiles" style="--across: {across}">{"".join(cells)}</div>' if cells else ""
 
 
 def headline(evals):
@@ -129,22 +131,22 @@ def large(number):
 def results(evals):
     if not evals:
         return "<h2>Results</h2><p class=\"lead\">No evaluation has been run.</p>"
-    numbers = set(COLUMNS) - {"stage", "model", "task", "verdict"}
+    numbers = set(COLUMNS) - {"stage", "model", "task", "vs blind"}
     head = "".join(f'<th class="{"number" if name in numbers else ""}">{escape(name)}</th>' for name in COLUMNS)
-    lines = []
+    lines, task = [], evals[0]["task"]
     for row in evals:
         cells = []
         for name, text in zip(COLUMNS, result_row(row)):
             inner = escape(text)
             if name == "stage":
                 inner = f'<span class="dot" style="background:{color(row["stage"])}"></span>{inner}'
-            if name == "verdict" and text in VERDICT_CLASSES:
+            if name == "vs blind" and text in VERDICT_CLASSES:
                 inner = f'<span class="chip {VERDICT_CLASSES[text]}">{inner}</span>'
             cells.append(f'<td class="{"number" if name in numbers else ""}{" strong" if name == "accuracy" else ""}">{inner}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        lines.append(f'<tr class="{"first" if row["task"] != task else ""}">{"".join(cells)}</tr>')
+        task = row["task"]
     return (f'<h2>Results</h2><div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-            '<p class="note">Blind answers are the better of the best constant letter and the task’s random accuracy; a score counts as above them only '
-            "if its whole interval is. Unreadable: completions without an answer in the one form that counts.</p>")
+            f'<p class="note">{escape(LEGEND)}</p>')
 
 
 def samples(report):
@@ -153,7 +155,7 @@ def samples(report):
     row = headline([row for row in report["evals"] if row["samples"]])
     if row:
         shown = [sample(item) for item in row["samples"][:MAX_SAMPLES] if isinstance(item, dict)]
-        parts.append(f'<h2>Sample problems</h2><p class="lead">{escape(str(row["task"]))} after {escape(str(row["stage"]))}, in the order of the evaluation, not selected.</p>'
+        parts.append(f'<h2>Sample problems</h2><p class="lead">{escape(str(row["task"]))} after {escape(str(row["stage"]))}, the first of its evaluation.</p>'
                      f'<div class="card">{"".join(shown)}</div>')
     logged = []
     for run in report["runs"]:
@@ -200,7 +202,7 @@ def knobs(data):
     if not isinstance(config, dict) or not config:
         return ""
     text = "\n".join(f"{name} = {value}" for name, value in config.items())
-    return f"<details><summary>its {len(config)} settings</summary><pre>{escape(text)}</pre></details>"
+    return f"<details><summary>settings</summary><pre>{escape(text)}</pre></details>"
 
 
 def fact_table(facts):
@@ -221,6 +223,7 @@ def color(stage):
 def figure(width, height, columns=1):
     """A figure of `width` x `height` inches with a row of axes in the page's style -> (figure, list of axes)."""
     result = Figure(figsize=(width, height), layout="constrained")
+    result.get_layout_engine().set(wspace=0.07)
     axes = list(result.subplots(1, columns, squeeze=False)[0])
     for ax in axes:
         ax.spines[["top", "right", "left"]].set_visible(False)
@@ -253,21 +256,26 @@ def accuracy_plot(evals):
     rows = [row for row in evals if is_number(row["metrics"]["accuracy"])]
     if not rows:
         return ""
-    drawing, (ax,) = figure(10, 0.9 + 0.34 * len(rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    places = [index + 0.7 * tasks.index(row["task"]) for index, row in enumerate(rows)]  # a gap between tasks
+    drawing, (ax,) = figure(10, 0.7 + 0.32 * places[-1] + 0.3)
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", color=RULE, linewidth=0.8)
-    for place, row in enumerate(rows):
+    for place, row in zip(places, rows):
         metrics = row["metrics"]
-        if is_number(metrics["ci_low"]) and is_number(metrics["ci_high"]):
-            ax.plot([metrics["ci_low"], metrics["ci_high"]], [place, place], color=color(row["stage"]), linewidth=5, alpha=0.3, solid_capstyle="round")
+        low, high = (metrics[end] if is_number(metrics[end]) else metrics["accuracy"] for end in ("ci_low", "ci_high"))
+        ax.plot([low, high], [place, place], color=color(row["stage"]), linewidth=5.5, alpha=0.28, solid_capstyle="round")
         ax.plot(metrics["accuracy"], place, "o", color=color(row["stage"]), markersize=7)
         constant = metrics["best_constant"].get("share") if isinstance(metrics["best_constant"], dict) else metrics["best_constant"]
         for value, style in ((constant, "-"), (metrics["random_accuracy"], ":")):
-            if is_number(value):
-                ax.plot([value, value], [place - 0.34, place + 0.34], style, color=INK, linewidth=1.4)
-    ax.set_yticks(range(len(rows)), [f"{row['task']} · {row['stage']}" for row in rows], color=INK, fontsize=9)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlim(0, min(1.0, max(0.5, *(1.15 * (row["metrics"]["ci_high"] if is_number(row["metrics"]["ci_high"]) else row["metrics"]["accuracy"]) for row in rows))))
+            if is_number(value) and value > 0:
+                ax.plot([value, value], [place - 0.36, place + 0.36], style, color=INK, linewidth=1.3)
+        ax.annotate(percent(metrics["accuracy"]), (max(high, constant if is_number(constant) else 0.0), place), (12, 0),
+                    textcoords="offset points", va="center", fontsize=8.5, color=INK)
+    ax.set_yticks(places, [f"{row['task']} · {row['stage']}" for row in rows])
+    ax.tick_params(axis="y", labelcolor=INK, labelsize=9)
+    ax.set_ylim(places[-1] + 0.6, -0.6)
+    ax.set_xlim(0, min(1.08, 1.12 * ax.get_xlim()[1]))
     ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     return plot(drawing, "accuracy", "Accuracy with its 95 % interval",
                 "The full stroke is the best constant letter, the dotted one random choice. An interval that crosses the stroke has shown nothing yet.")
@@ -278,11 +286,11 @@ def curves(runs):
     parts = []
     trained = [run for run in runs if run["stage"] != "rl" and series(run, "train/loss")[0]]
     if trained:
-        parts.append(panels(trained, "loss", "Training loss", "Nats per target token; the thin line is every step, the thick one a running mean.",
+        parts.append(panels(trained, "loss", "Training loss", "Nats per target token over optimizer steps; the thin line is every step, the thick one a running mean.",
                             lambda ax, run: draw_smoothed(ax, *series(run, "train/loss"), color(run["stage"]))))
     measured = [run for run in runs if len(series(run, "val/bpb")[0]) > 1]
     if measured:
-        parts.append(panels(measured, "bpb", "Bits per byte on held-out text", "Each stage on its own validation data: compare within a panel, not across.",
+        parts.append(panels(measured, "bpb", "Bits per byte on held-out text", "Over optimizer steps. Each stage has validation data of its own: compare within a panel, not across.",
                             lambda ax, run: ax.plot(*series(run, "val/bpb"), "o-", color=color(run["stage"]), markersize=3.5, linewidth=1.8)))
     parts += [reward_plot(run) for run in runs if series(run, "rl/mean_reward")[0]]
     return "<h2>Curves</h2>" + "".join(parts) if parts else "<h2>Curves</h2><p class=\"lead\">No stage has logged a loss.</p>"
@@ -302,7 +310,6 @@ def panels(runs, name, heading, caption, draw):
 def finish_steps(ax):
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    ax.set_xlabel("step", fontsize=8.5, color=MUTED, loc="right")
     ax.margins(x=0.02)
 
 
@@ -317,12 +324,14 @@ def draw_smoothed(ax, steps, values, line_color):
 
 
 def running_mean(values):
-    """Exponential mean over about a fortieth of the run, without the pull towards the first value."""
-    beta = 1 - min(1.0, 40 / len(values))
-    mean, weight, means = 0.0, 0.0, []
+    """The mean of each value's neighbourhood, a twentieth of the run wide: centred, so that it lags behind no slope."""
+    reach, sums, means = max(1, len(values) // 40), [0.0], []
     for value in values:
-        mean, weight = beta * mean + (1 - beta) * value, beta * weight + (1 - beta)
-        means.append(mean / weight)
+        sums.append(sums[-1] + value)
+    for place in range(len(values)):
+        before = min(reach, place)
+        after = min(before, len(values) - 1 - place)
+        means.append((sums[place + after + 1] - sums[place - before]) / (before + after + 1))
     return means
 
 
@@ -350,7 +359,7 @@ def reward_plot(run):
     for ax in (left, right):
         finish_steps(ax)
     return plot(drawing, f"reward-{run['model_tag']}", f"Reinforcement learning of {run['model_tag']}",
-                "The reward is the sum of its parts, a right answer being worth 1.")
+                "Over optimizer steps. The reward is the sum of its parts, a right answer being worth 1.")
 
 
 def letters_plot(evals):
@@ -373,9 +382,12 @@ def letters_plot(evals):
             names = letters + (["none"] if unread else [])
             ax.set_xticks(range(len(names)), names)
             ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-            ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+            ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
             ax.set_title(f"{row['task']} · {row['stage']}", fontsize=9.5, color=INK, loc="left", pad=8)
-        for ax in axes[len(chosen):]:
-            ax.set_visible(False)
+        top = max(ax.get_ylim()[1] for ax in axes[:len(chosen)])
+        for place, ax in enumerate(axes):
+            ax.set_ylim(0, top)
+            ax.tick_params(axis="y", labelleft=place == 0)
+            ax.set_visible(place < len(chosen))
         parts.append(plot(drawing, f"letters-{start}", "Letters answered (coloured) and right (grey)", "“none” are completions without a readable answer."))
     return "<h2>Letters</h2>" + "".join(parts) if parts else ""
