@@ -91,7 +91,7 @@ def main(config):
     sizes = tokenizer, config.device_batch_size, config.max_seq_len, compute
     train_batches = pretraining_loader(*sizes, list_shards("train"), state.loader or None)
 
-    logger = RunLogger("base", config, compute, num_steps, resume_step=state.step - 1 if state.step else None)
+    logger = RunLogger("base", config, compute, num_steps, resume_step=state.step - 1 if state.step else None, model_tag=model_tag)
     throughput = Throughput(model, compute)
     token_bytes = tokenizer.token_bytes()
     val_bpb = None

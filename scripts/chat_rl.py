@@ -95,7 +95,7 @@ def main(config):
     print0(f"rl {config.model_tag}: {len(train_task):,} problems of {config.task}, {num_steps} steps of {config.examples_per_step} problems x "
            f"{config.num_samples} samples")
 
-    logger = RunLogger("rl", config, compute, num_steps, resume_step=state.step - 1 if state.step else None)
+    logger = RunLogger("rl", config, compute, num_steps, resume_step=state.step - 1 if state.step else None, model_tag=config.output_tag)
     accuracy = {}
 
     for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves

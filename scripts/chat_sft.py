@@ -93,7 +93,7 @@ def main(config):
 
     if config.compile:
         model.compile_for_training()
-    logger = RunLogger("sft", config, compute, num_steps, resume_step=state.step - 1 if state.step else None)
+    logger = RunLogger("sft", config, compute, num_steps, resume_step=state.step - 1 if state.step else None, model_tag=config.output_tag)
     throughput = Throughput(model, compute)
     token_bytes = tokenizer.token_bytes()
     metrics = {}

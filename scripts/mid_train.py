@@ -81,7 +81,7 @@ def main(config):
         num_steps = max(1, config.num_epochs * estimate_tokens(train_task, tokenizer, config.max_seq_len) // config.total_batch_size)
     print0(f"mid {config.model_tag}: {len(train_task):,} conversations, {num_steps} steps x {config.total_batch_size:,} tokens")
 
-    logger = RunLogger("mid", config, compute, num_steps, resume_step=state.step - 1 if state.step else None)
+    logger = RunLogger("mid", config, compute, num_steps, resume_step=state.step - 1 if state.step else None, model_tag=config.output_tag)
     throughput = Throughput(model, compute)
     token_bytes = tokenizer.token_bytes()
     tokens_per_pass = config.device_batch_size * config.max_seq_len * compute.world_size

@@ -1,0 +1,29 @@
+"""What several test files share: a two-layer pipeline's data, made once a session, in a folder of its own."""
+import shutil
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A base directory with data and tokenizer, to be copied, not written to."""
+    from tests import pipeline
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        pipeline.prepare()
+    return folder
+
+
+@pytest.fixture
+def base_directory(prepared, tmp_path, monkeypatch):
+    """A fresh copy of `prepared`, in force as NANOCHAT_BASE_DIR."""
+    folder = tmp_path / "base"
+    shutil.copytree(prepared, folder)
+    for name in ("AQUA_DATA_DIR", "NANOCHAT_AQUA_DIR", "NANOCHAT_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    return folder

@@ -1,0 +1,118 @@
+"""All stages in sequence on two layers; killed in the middle and resumed they end at the same bits; two ranks are one process."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import pipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def checkpoint(folder, stage, step=6, tag="d2"):
+    return torch.load(folder / pipeline.FOLDERS[stage] / tag / f"model_{step:06d}.pt", weights_only=True)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def logged(folder, stage, key):
+    """{step: value} of a metric in the run's JSONL."""
+    records = [json.loads(line) for line in (folder / "runs" / f"{stage}_d2.jsonl").read_text().splitlines()]
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+def start(folder, stage, *flags, ranks=1):
+    launcher = [sys.executable, "-m"] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*launcher, "tests.pipeline", stage, *flags], cwd=ROOT, env=environment, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def walked(prepared, tmp_path_factory):
+    """A base directory in which every stage ran to its end without a break."""
+    folder = tmp_path_factory.mktemp("walked") / "base"
+    shutil.copytree(prepared, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        for stage in pipeline.STAGES:
+            pipeline.run_stage(stage)
+    return folder
+
+
+def test_every_stage_runs_and_leaves_checkpoint_metrics_and_report_section(walked):
+    for stage in pipeline.STAGES:
+        assert checkpoint(walked, stage)
+        assert (walked / "runs" / f"{stage}_d2.jsonl").is_file()
+        assert any(stage in path.name for path in (walked / "report").iterdir())
+    losses = logged(walked, "base", "train/loss")
+    assert list(losses) == list(range(6)) and losses[5] < losses[0]
+    assert 0 <= logged(walked, "rl", "rl/acc")[0] <= 1
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES)
+def test_a_run_stopped_halfway_and_resumed_ends_at_the_same_bits(walked, tmp_path, monkeypatch, stage):
+    folder = tmp_path / "base"
+    shutil.copytree(walked, folder)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    for name in ("meta_000006.json", "model_000006.pt", "optim_000006_rank0.pt"):  # as if the kill had come after step 4
+        (folder / pipeline.FOLDERS[stage] / "d2" / name).unlink()
+    pipeline.run_stage(stage, resume=True)
+    assert equal(checkpoint(folder, stage), checkpoint(walked, stage))
+    key = "train/loss"
+    assert logged(folder, stage, key) == logged(walked, stage, key)
+
+
+def test_two_ranks_are_one_process(walked, tmp_path):
+    """The same tokens, the same loss curve to 1e-4, the same weights to 1e-4 after the last step."""
+    folder = tmp_path / "base"
+    shutil.copytree(walked, folder)
+    for stage in pipeline.STAGES:
+        shutil.rmtree(folder / pipeline.FOLDERS[stage] / "d2")
+        finish(start(folder, stage, ranks=2))
+        for key, tolerance in (("train/loss", 1e-4), ("train/tokens", 0), ("num_tokens", 0), ("rl/acc", 0)):
+            assert logged(folder, stage, key) == pytest.approx(logged(walked, stage, key), abs=tolerance), (stage, key)
+        mine, theirs = checkpoint(folder, stage), checkpoint(walked, stage)
+        for name in theirs:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-3, msg=lambda text: f"{stage} {name}: {text}")
+        shutil.rmtree(folder / pipeline.FOLDERS[stage] / "d2")  # the next stage starts from the same parent as in one process
+        shutil.copytree(walked / pipeline.FOLDERS[stage] / "d2", folder / pipeline.FOLDERS[stage] / "d2")
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_never_changes_the_end(walked, tmp_path):
+    """20 kills over all stages; each time the stage is started again with --resume until it ends."""
+    rng = random.Random(0)
+    folder = tmp_path / "base"
+    shutil.copytree(walked, folder)
+    for stage in pipeline.STAGES:
+        shutil.rmtree(folder / pipeline.FOLDERS[stage] / "d2")
+        began = time.monotonic()
+        finish(start(folder, stage))
+        whole_run = time.monotonic() - began
+        for _ in range(5):
+            shutil.rmtree(folder / pipeline.FOLDERS[stage] / "d2", ignore_errors=True)
+            process = start(folder, stage, "--resume")
+            time.sleep(rng.uniform(0.3, 1.0) * whole_run)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+            finish(start(folder, stage, "--resume"))
+            assert equal(checkpoint(folder, stage), checkpoint(walked, stage)), stage
