@@ -40,6 +40,11 @@ def main(config):
     if min(limits.values()) < -1 or not any(limits.values()):
         raise ValueError(f"the limits {limits} keep nothing or are below -1: -1 keeps all rows of a split, 0 leaves the split out")
 
+    stale = [f"{split}.jsonl" for split in FILES if limits[split] == 0 and (folder / f"{split}.jsonl").exists()]
+    if stale:
+        raise ValueError(f"{folder} would keep {len(stale)} files of an earlier preparation ({', '.join(stale)}) beside the new splits: "
+                         "remove them, or choose another --output-dir")
+
     # Held-out splits first: train is compared with all their rows, also with those beyond the limits
     splits, counts = {}, {"source": config.source if config.source == "hub" else "a folder", "revision": config.revision}
     for split in ("validation", "test", "train"):

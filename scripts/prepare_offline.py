@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 
 from nanochat.common import base_dir, print0, write_atomic
 from nanochat.configurator import parse
-from tasks.algebra import LARGEST, LEVELS, NAMES, SIZES, THINGS, draw_problem, make_problem, split_of
+from tasks.algebra import SIZES, draw_problem, make_problem, split_of
+from tasks.algebra_kinds import LARGEST, LEVELS, NAMES, THINGS
 from tasks.aqua import INSTRUCTION
 
+SOURCES = ("scripts/prepare_offline.py", "tasks/algebra.py", "tasks/algebra_kinds.py")
 MANIFEST = "offline_manifest.json"
 SHARD_CHARS, VAL_SHARE, ROW_GROUP = 4_000_000, 0.02, 1_000  # text per shard; validation text in addition; documents per row group
 
@@ -44,42 +46,42 @@ def main(config):
             raise ValueError(f"{name}={value} leaves nothing to train or judge on: give at least 1")
     folder = Path(config.output_dir).expanduser() if config.output_dir else base_dir()
     # The templates are part of the recipe: edited code must not pass for the old data.
-    sources = b"".join((Path(__file__).parents[1] / name).read_bytes() for name in ("scripts/prepare_offline.py", "tasks/algebra.py"))
+    sources = b"".join((Path(__file__).parents[1] / name).read_bytes() for name in SOURCES)
     wanted = {"config": {key: value for key, value in asdict(config).items() if key != "output_dir"},
               "generator": hashlib.sha256(sources).hexdigest()}
     manifest = read_manifest(folder)
     if {key: manifest.get(key) for key in wanted} == wanted and all(is_intact(folder / name, entry) for name, entry in manifest["files"].items()):
         print0(f"{folder} already holds the data of this configuration ({len(manifest['files'])} files): nothing to do")
         return manifest
-    refuse_foreign_files(folder, manifest)
-    (folder / MANIFEST).unlink(missing_ok=True)         # from here on the folder is unfinished until the new manifest stands
-    for name in manifest.get("files", {}):
+    num_shards = max(1, round(config.text_chars / SHARD_CHARS))
+    shards = {f"base_data/shard_{shard:05d}.parquet": config.text_chars // num_shards for shard in range(num_shards)}
+    shards["base_data/shard_val.parquet"] = max(20_000, int(VAL_SHARE * config.text_chars))
+    names = [*shards, "aqua/counts.json", *(f"aqua/{split}.jsonl" for split in SIZES), "identity_conversations.jsonl"]
+    # What an earlier run wrote may go, unless it has been replaced since, by the real AQuA for example
+    ours = [name for name, entry in manifest.get("files", {}).items() if "unfinished" in manifest or is_intact(folder / name, entry)]
+    refuse_foreign_files(folder, names, ours)
+    for name in ours:
         (folder / name).unlink(missing_ok=True)
-
+    # Until the true manifest stands, this one says whose the files are that a killed run leaves
+    write_atomic(folder / MANIFEST, json.dumps({"unfinished": True, "files": dict.fromkeys(names)}) + "\n")
     files = {}
 
     def write(name, data, **facts):
         write_atomic(folder / name, data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **facts}
 
-    num_shards = max(1, round(config.text_chars / SHARD_CHARS))
-    for shard in range(num_shards):
-        documents = make_documents(config.text_chars // num_shards, config.seed, f"shard {shard}")
-        write(f"base_data/shard_{shard:05d}.parquet", parquet(documents), rows=len(documents), chars=sum(map(len, documents)))
-    documents = make_documents(max(20_000, int(VAL_SHARE * config.text_chars)), config.seed, "val")
-    write("base_data/shard_val.parquet", parquet(documents), rows=len(documents), chars=sum(map(len, documents)))
-
-    counts = {"source": "scripts.prepare_offline"}
-    for split in SIZES:
-        rows = algebra_rows(split, getattr(config, f"{split}_rows"), config.seed)
-        data = jsonl(rows)
-        write(f"aqua/{split}.jsonl", data, rows=len(rows), chars=len(data))
-        counts[split] = {"rows": len(rows), "sha256": hashlib.sha256(data).hexdigest(),
-                         "letters": dict(sorted(Counter(row["correct"] for row in rows).items()))}
+    for name, num_chars in shards.items():
+        documents = make_documents(num_chars, config.seed, name)
+        write(name, parquet(documents), rows=len(documents), chars=sum(map(len, documents)))
+    splits = {split: algebra_rows(split, getattr(config, f"{split}_rows"), config.seed) for split in SIZES}
+    counts = {"source": "scripts.prepare_offline"} | {split: {
+        "rows": len(rows), "letters": dict(sorted(Counter(row["correct"] for row in rows).items())),
+        "levels": dict(sorted(Counter(str(row["level"]) for row in rows).items()))} for split, rows in splits.items()}
     write("aqua/counts.json", (json.dumps(counts, indent=2) + "\n").encode())
     conversations = [identity_conversation(random.Random(f"{config.seed}|identity|{i}")) for i in range(config.identity_rows)]
-    data = jsonl(conversations)
-    write("identity_conversations.jsonl", data, rows=len(conversations), chars=len(data))
+    for name, rows in (*((f"aqua/{split}.jsonl", rows) for split, rows in splits.items()), ("identity_conversations.jsonl", conversations)):
+        data = jsonl(rows)
+        write(name, data, rows=len(rows), chars=len(data))
 
     manifest = {**wanted, "files": files}
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -95,28 +97,19 @@ def is_intact(path, entry):
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
 
 
-def refuse_foreign_files(folder, manifest):
-    """Generated text must not be mixed into downloaded shards, nor overwrite the real AQuA."""
-    ours = set(manifest.get("files", {}))
-    if (folder / "aqua" / "counts.json").is_file():     # a run that was killed has left no manifest, but its files are ours
-        source = json.loads((folder / "aqua" / "counts.json").read_text(encoding="utf-8")).get("source")
-        ours |= {f"aqua/{split}.jsonl" for split in SIZES if source == "scripts.prepare_offline"}
-    found = [f"base_data/{path.name}" for path in sorted((folder / "base_data").glob("*.parquet")) if not is_generated(path)]
-    found += [f"aqua/{split}.jsonl" for split in SIZES if (folder / "aqua" / f"{split}.jsonl").is_file()]
-    foreign = [name for name in found if name not in ours]
+def refuse_foreign_files(folder, names, ours):
+    """Generated text must not be mixed into downloaded shards, nor overwrite the real AQuA or somebody's conversations."""
+    there = {f"base_data/{path.name}" for path in (folder / "base_data").glob("*.parquet")}
+    there |= {name for name in names if (folder / name).is_file()}
+    foreign = sorted(there - set(ours))
     if foreign:
-        raise ValueError(f"{folder} holds {len(foreign)} files that this script did not write ({', '.join(foreign[:3])}): "
+        raise ValueError(f"{folder} holds {len(foreign)} files that this script did not write, or that changed since ({', '.join(foreign[:3])}): "
                          "choose another --output-dir, or remove them first")
 
 
-def is_generated(path):
-    return (pq.read_schema(path).metadata or {}).get(b"source") == b"scripts.prepare_offline"
-
-
 def parquet(documents):
-    table = pa.table({"text": documents}).replace_schema_metadata({"source": "scripts.prepare_offline"})
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd")
+    pq.write_table(pa.table({"text": documents}), buffer, row_group_size=ROW_GROUP, compression="zstd")
     return buffer.getvalue()
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 
 import tasks
 
-NOT_TASKS = {"common", "evaluation", "rewards"}         # files of this folder that register nothing
+NOT_TASKS = {"common", "evaluation", "rewards", "algebra_kinds"}  # files of this folder that register nothing
 _registry = {}                                          # lower-case name -> (name, random_accuracy, factory, presets)
 
 
