@@ -164,7 +164,7 @@ def sequence(r):
     a, b, c, d, e = (start + (-step if down else step) * i for i in range(5))
     question = r.choice((f"What comes next: {a}, {b}, {c}, {d}?", f"Find the next number: {a}, {b}, {c}, {d}."))
     steps = [f"{a}-{b}={step}", f"{d}-{step}={e}"] if down else [f"{b}-{a}={step}", f"{d}+{step}={e}"]
-    return (a, b), question, steps, e, (d, 2 * d - a, d + 1)
+    return (a, b, c, d), question, steps, e, (d, 2 * d - a, d + 1)  # all four: a sequence and its reverse share a split
 
 
 @kind(2)
