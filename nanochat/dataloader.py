@@ -42,7 +42,7 @@ class Loader:
         self.saved = {str(number): lane.snapshot() for number, lane in lanes.items()}
         rounds = None if max_batches is None else max(0, max_batches - self.num_micro_batches // world_size)
         self.queue, self.stop, self.thread = queue.Queue(maxsize=prefetch), threading.Event(), None
-        self.work = (lanes, first, world_size, rounds, self.device.type == "cuda", self.queue, self.stop)
+        self.work = (lanes, first, world_size, rounds, self.device, self.queue, self.stop)
         weakref.finalize(self, self.stop.set)  # the thread holds the lanes, not the loader, so a forgotten loader ends it
 
     def __iter__(self):
@@ -182,7 +182,7 @@ def check_sizes(device_batch_size, seq_len):
 
 # -- the thread -------------------------------------------------------------------------------------------------------
 
-def work_ahead(lanes, first, world_size, rounds, pin, batches, stop):
+def work_ahead(lanes, first, world_size, rounds, device, batches, stop):
     """Fill the queue with (batch, lane, snapshot) until `rounds` are done or `stop` is set; an exception goes to the consumer."""
     def put(item):
         while not stop.is_set():
@@ -192,6 +192,9 @@ def work_ahead(lanes, first, world_size, rounds, pin, batches, stop):
                 continue
 
     try:
+        pin = device.type == "cuda"
+        if pin:
+            torch.cuda.set_device(device)  # a new thread stands on GPU 0, and pinning there would open a context for every rank
         turn, num_lanes = 0, len(lanes) * world_size
         while not stop.is_set() and (rounds is None or turn < rounds):
             index = first + turn * world_size

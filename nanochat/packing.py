@@ -14,7 +14,7 @@ from nanochat.dataset import read_row_group, row_group_sizes
 MIN_LANES = 8                   # divisible by 1, 2, 4 and 8: these world sizes share one order, and one checkpoint
 BUFFER_PIECES = 64              # pieces to choose from when a gap is to be filled
 BLOCK_DOCUMENTS = 256           # consecutive documents that one lane reads
-ENCODE_DOCUMENTS = 64           # documents tokenized at once: a smooth flow, and work for several threads
+ENCODE_DOCUMENTS = 16           # documents tokenized at once: enough for several threads, too few to make anyone wait
 CACHE_BYTES = 256 * 2**20       # row groups kept because the next lane wants the next block of the same one
 WINDOW_BATCHES = 16             # padded batches are made of similar lengths within this many batches
 

@@ -69,7 +69,7 @@ td.strong { font-weight: 650; }
 summary { cursor: pointer; color: #2f6db5; font-size: 14px; }
 details pre { margin-top: 10px; }
 ul.missing { margin: 0; padding-left: 20px; color: #5f6c7b; }
-@media (max-width: 760px) { .tiles { grid-template-columns: 1fr 1fr; } main { padding: 32px 16px 64px; } .card { padding: 16px; } }
+@media (max-width: 760px) { .tiles { grid-template-columns: 1fr 1fr; } main { padding: 32px 16px 64px; } .card { padding: 16px; } figure svg { min-width: 680px; } }
 @media print { body { background: #fff; } .tile, .card { break-inside: avoid; } }
 """
 
