@@ -193,7 +193,7 @@ def work_ahead(lanes, first, world_size, rounds, device, batches, stop):
 
     try:
         pin = device.type == "cuda"
-        if pin:
+        if pin and device.index is not None:
             torch.cuda.set_device(device)  # a new thread stands on GPU 0, and pinning there would open a context for every rank
         turn, num_lanes = 0, len(lanes) * world_size
         while not stop.is_set() and (rounds is None or turn < rounds):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes.hub import FakeHub
 
 from nanochat import dataset
 from nanochat.dataset import HUB_VAL_SHARD, LOCAL_VAL_SHARD, iter_documents, list_shards
+from tests.fakes.hub import FakeHub
 
 ROOT = Path(__file__).parent.parent
 
