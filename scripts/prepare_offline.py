@@ -1,6 +1,7 @@
 """Write all the data that the pipeline needs without a network: pretraining text, algebra as AQuA splits, and small talk.
 
     python -m scripts.prepare_offline
+    python -m scripts.prepare_offline --only=identity
     python -m scripts.prepare_offline --seed=7 --text-chars=5_000_000 --output-dir=data
 
 Everything is made from the seed by the templates below and by tasks/algebra.py. No validation or test problem occurs in the
@@ -26,12 +27,15 @@ from tasks.aqua import INSTRUCTION
 SOURCES = ("scripts/prepare_offline.py", "tasks/algebra.py", "tasks/algebra_kinds.py")
 MANIFEST = "offline_manifest.json"
 SHARD_CHARS, VAL_SHARE, ROW_GROUP = 4_000_000, 0.02, 1_000  # text per shard; validation text in addition; documents per row group
+# What can be made on its own, and the knobs that it depends on
+PARTS = {"text": ("seed", "text_chars"), "aqua": ("seed", "train_rows", "validation_rows", "test_rows"), "identity": ("seed", "identity_rows")}
 
 
 @dataclass(frozen=True)
 class Config:
     """Make the embedded data: pretraining shards, algebra in AQuA's form, identity conversations."""
     seed: int = 42                # another seed gives other text and other problems, but never moves a problem to another split
+    only: str = ""                # make one part alone: text, aqua or identity ("" = all three)
     text_chars: int = 20_000_000  # characters of pretraining text
     train_rows: int = 60_000      # algebra problems in aqua/train.jsonl
     validation_rows: int = 1_000  # different problems in aqua/validation.jsonl
@@ -44,63 +48,89 @@ def main(config):
     for name, value in asdict(config).items():
         if name.endswith(("_rows", "_chars")) and value < 1:
             raise ValueError(f"{name}={value} leaves nothing to train or judge on: give at least 1")
+    if config.only and config.only not in PARTS:
+        raise ValueError(f"only={config.only!r} is not one of the {len(PARTS)} parts {', '.join(PARTS)}: leave it out to make all")
     folder = Path(config.output_dir).expanduser() if config.output_dir else base_dir()
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if (folder / MANIFEST).is_file() else {}
     # The templates are part of the recipe: edited code must not pass for the old data.
     sources = b"".join((Path(__file__).parents[1] / name).read_bytes() for name in SOURCES)
-    wanted = {"config": {key: value for key, value in asdict(config).items() if key != "output_dir"},
-              "generator": hashlib.sha256(sources).hexdigest()}
-    manifest = read_manifest(folder)
-    if {key: manifest.get(key) for key in wanted} == wanted and all(is_intact(folder / name, entry) for name, entry in manifest["files"].items()):
-        print0(f"{folder} already holds the data of this configuration ({len(manifest['files'])} files): nothing to do")
-        return manifest
-    num_shards = max(1, round(config.text_chars / SHARD_CHARS))
-    shards = {f"base_data/shard_{shard:05d}.parquet": config.text_chars // num_shards for shard in range(num_shards)}
-    shards["base_data/shard_val.parquet"] = max(20_000, int(VAL_SHARE * config.text_chars))
-    names = [*shards, "aqua/counts.json", *(f"aqua/{split}.jsonl" for split in SIZES), "identity_conversations.jsonl"]
-    # What an earlier run wrote may go, unless it has been replaced since, by the real AQuA for example
-    ours = [name for name, entry in manifest.get("files", {}).items() if "unfinished" in manifest or is_intact(folder / name, entry)]
-    refuse_foreign_files(folder, names, ours)
-    for name in ours:
-        (folder / name).unlink(missing_ok=True)
-    # Until the true manifest stands, this one says whose the files are that a killed run leaves
-    write_atomic(folder / MANIFEST, json.dumps({"unfinished": True, "files": dict.fromkeys(names)}) + "\n")
-    files = {}
+    generator = hashlib.sha256(sources).hexdigest()
 
-    def write(name, data, **facts):
-        write_atomic(folder / name, data)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **facts}
+    parts, todo = [config.only] if config.only else list(PARTS), []
+    for part in parts:
+        wanted = {"generator": generator, **{knob: getattr(config, knob) for knob in PARTS[part]}}
+        entry = manifest.get(part, {"files": {}})
+        # What an earlier run wrote may be replaced, unless somebody did so before, with the real AQuA for example
+        ours = [name for name, facts in entry["files"].items() if facts is None or is_intact(folder / name, facts)]
+        if entry.get("wanted") != wanted or len(ours) < len(entry["files"]):
+            todo.append((part, wanted, ours))
+            refuse_foreign_files(folder, part, config, ours)
 
-    for name, num_chars in shards.items():
+    for part, wanted, ours in todo:
+        for name in ours:
+            (folder / name).unlink(missing_ok=True)
+        # Until the part is finished, the manifest only says whose the files are that a killed run leaves
+        manifest[part] = {"files": dict.fromkeys(file_names(part, config))}
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        files = {}
+        for name, data, facts in MAKERS[part](config):
+            write_atomic(folder / name, data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **facts}
+        assert list(files) == file_names(part, config), f"{part} wrote {list(files)}"
+        manifest[part] = {"wanted": wanted, "files": files}
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    files = {name: facts for part in parts for name, facts in manifest[part]["files"].items()}
+    if todo:
+        print_summary(folder, files)
+    else:
+        print0(f"{folder} already holds the data of this configuration ({len(files)} files): nothing to do")
+    return files
+
+
+def file_names(part, config):
+    if part == "text":
+        return [f"base_data/shard_{shard:05d}.parquet" for shard in range(max(1, round(config.text_chars / SHARD_CHARS)))] + ["base_data/shard_val.parquet"]
+    return ["aqua/counts.json", *(f"aqua/{split}.jsonl" for split in SIZES)] if part == "aqua" else ["identity_conversations.jsonl"]
+
+
+def make_text(config):
+    *train, val = file_names("text", config)
+    sizes = dict.fromkeys(train, config.text_chars // len(train)) | {val: max(20_000, int(VAL_SHARE * config.text_chars))}
+    for name, num_chars in sizes.items():
         documents = make_documents(num_chars, config.seed, name)
-        write(name, parquet(documents), rows=len(documents), chars=sum(map(len, documents)))
+        yield name, parquet(documents), {"rows": len(documents), "chars": sum(map(len, documents))}
+
+
+def make_aqua(config):
     splits = {split: algebra_rows(split, getattr(config, f"{split}_rows"), config.seed) for split in SIZES}
     counts = {"source": "scripts.prepare_offline"} | {split: {
         "rows": len(rows), "letters": dict(sorted(Counter(row["correct"] for row in rows).items())),
         "levels": dict(sorted(Counter(str(row["level"]) for row in rows).items()))} for split, rows in splits.items()}
-    write("aqua/counts.json", (json.dumps(counts, indent=2) + "\n").encode())
-    conversations = [identity_conversation(random.Random(f"{config.seed}|identity|{i}")) for i in range(config.identity_rows)]
-    for name, rows in (*((f"aqua/{split}.jsonl", rows) for split, rows in splits.items()), ("identity_conversations.jsonl", conversations)):
+    # First the counts: AQUA refuses a folder whose splits do not fit them, so half a set is never taken for the whole
+    yield "aqua/counts.json", (json.dumps(counts, indent=2) + "\n").encode(), {}
+    for split, rows in splits.items():
         data = jsonl(rows)
-        write(name, data, rows=len(rows), chars=len(data))
-
-    manifest = {**wanted, "files": files}
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    print_summary(folder, files)
-    return manifest
+        yield f"aqua/{split}.jsonl", data, {"rows": len(rows), "chars": len(data)}
 
 
-def read_manifest(folder):
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if (folder / MANIFEST).is_file() else {}
+def make_identity(config):
+    rows = [identity_conversation(random.Random(f"{config.seed}|identity|{i}")) for i in range(config.identity_rows)]
+    data = jsonl(rows)
+    yield "identity_conversations.jsonl", data, {"rows": len(rows), "chars": len(data)}
+
+
+MAKERS = {"text": make_text, "aqua": make_aqua, "identity": make_identity}
 
 
 def is_intact(path, entry):
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
 
 
-def refuse_foreign_files(folder, names, ours):
+def refuse_foreign_files(folder, part, config, ours):
     """Generated text must not be mixed into downloaded shards, nor overwrite the real AQuA or somebody's conversations."""
-    there = {f"base_data/{path.name}" for path in (folder / "base_data").glob("*.parquet")}
-    there |= {name for name in names if (folder / name).is_file()}
+    there = {name for name in file_names(part, config) if (folder / name).is_file()}
+    if part == "text":
+        there |= {f"base_data/{path.name}" for path in (folder / "base_data").glob("*.parquet")}
     foreign = sorted(there - set(ours))
     if foreign:
         raise ValueError(f"{folder} holds {len(foreign)} files that this script did not write, or that changed since ({', '.join(foreign[:3])}): "

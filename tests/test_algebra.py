@@ -280,8 +280,8 @@ def texts(folder):
 
 
 def test_everything_the_pipeline_needs_is_written(offline, capsys):
-    folder, manifest = offline
-    assert {"base_data/shard_00000.parquet", "base_data/shard_val.parquet", "identity_conversations.jsonl", "aqua/counts.json"} < set(manifest["files"])
+    folder, files = offline
+    assert {"base_data/shard_00000.parquet", "base_data/shard_val.parquet", "identity_conversations.jsonl", "aqua/counts.json"} < set(files)
     for split, count in (("train", 400), ("validation", 60), ("test", 60)):
         task = AQUA(split, data_dir=folder / "aqua")
         assert len(task) == count and not task.skipped and not task.flagged and {"level", "kind"} <= set(task[0])
@@ -292,9 +292,9 @@ def test_everything_the_pipeline_needs_is_written(offline, capsys):
 
 
 def test_a_second_run_does_nothing(offline, capsys):
-    folder, manifest = offline
+    folder, files = offline
     before = snapshot(folder)
-    assert prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(folder))) == manifest
+    assert prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(folder))) == files
     assert snapshot(folder) == before and "nothing to do" in capsys.readouterr().out
 
 
@@ -331,13 +331,14 @@ def test_every_sum_and_product_in_the_text_is_right(offline):
 
 
 def test_another_seed_gives_other_text_and_the_same_seed_the_same(offline, tmp_path):
-    folder, manifest = offline
+    folder, files = offline
     again = prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(tmp_path)))
-    assert again == manifest
-    other = prepare_offline.main(prepare_offline.Config(**SMALL, seed=7, output_dir=str(tmp_path)))    # replaces the first
-    assert all(other["files"][name]["sha256"] != entry["sha256"] for name, entry in manifest["files"].items())
+    assert again == files
+    other = prepare_offline.main(prepare_offline.Config(**SMALL, seed=7, output_dir=str(tmp_path)))  # replaces the first
+    assert all(other[name]["sha256"] != facts["sha256"] for name, facts in files.items())
     fewer = prepare_offline.main(prepare_offline.Config(**{**SMALL, "train_rows": 10}, output_dir=str(tmp_path)))
-    assert fewer["files"]["aqua/train.jsonl"]["rows"] == 10 and len(AQUA("train", data_dir=tmp_path / "aqua")) == 10
+    assert all(fewer[name] == files[name] for name in files if "aqua" not in name)
+    assert fewer["aqua/train.jsonl"]["rows"] == 10 and len(AQUA("train", data_dir=tmp_path / "aqua")) == 10
 
 
 def test_a_killed_run_is_taken_up_again(tmp_path, monkeypatch):
@@ -346,15 +347,29 @@ def test_a_killed_run_is_taken_up_again(tmp_path, monkeypatch):
 
     def dies(path, data):
         calls.append(path)
-        if len(calls) == 5:
+        if len(calls) == 6:
             raise KeyboardInterrupt
         real(path, data)
     monkeypatch.setattr(prepare_offline, "write_atomic", dies)
     with pytest.raises(KeyboardInterrupt):
         prepare_offline.main(config)
     monkeypatch.setattr(prepare_offline, "write_atomic", real)
-    manifest = prepare_offline.main(config)
-    assert all(prepare_offline.is_intact(tmp_path / name, entry) for name, entry in manifest["files"].items())
+    files = prepare_offline.main(config)
+    assert len(files) == 7 and all(prepare_offline.is_intact(tmp_path / name, facts) for name, facts in files.items())
+
+
+def test_one_part_can_be_made_beside_the_files_of_others(tmp_path):
+    (tmp_path / "base_data").mkdir()
+    (tmp_path / "base_data" / "shard_01822.parquet").write_bytes(b"downloaded")
+    config = prepare_offline.Config(**SMALL, only="identity", output_dir=str(tmp_path))
+    assert list(prepare_offline.main(config)) == ["identity_conversations.jsonl"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["base_data", "identity_conversations.jsonl", "offline_manifest.json", "shard_01822.parquet"]
+    with pytest.raises(ValueError, match="did not write"):
+        prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(tmp_path)))
+    (tmp_path / "base_data" / "shard_01822.parquet").unlink()
+    assert len(prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(tmp_path)))) == 7
+    with pytest.raises(ValueError, match="text, aqua, identity"):
+        prepare_offline.main(prepare_offline.Config(only="aquarat"))
 
 
 @pytest.mark.parametrize("name", ["base_data/shard_01234.parquet", "aqua/test.jsonl", "identity_conversations.jsonl"])
@@ -367,14 +382,14 @@ def test_files_of_others_are_never_replaced(tmp_path, name):
 
 
 def test_a_file_replaced_since_is_not_ours_any_more(offline):
-    folder, manifest = offline
+    folder, files = offline
     path = folder / "aqua" / "train.jsonl"
     before = path.read_bytes()
     path.write_text("the real AQuA")
     with pytest.raises(ValueError, match="changed since"):
         prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(folder)))
     path.write_bytes(before)
-    assert prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(folder))) == manifest
+    assert prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(folder))) == files
 
 
 def test_sizes_that_leave_nothing_are_refused(tmp_path):
