@@ -165,22 +165,15 @@ class TaskMixture(TaskSequence):
         return super().get_example(self.order[index])
 
 
-def build_mixture(entries, overrides=None, seed=42):
-    """[(task name, arguments, epochs), ...], as in nanochat/data_recipes.py -> a TaskMixture. `overrides` {name: arguments} win."""
-    built = []
-    for name, arguments, epochs in entries:
-        task = get_task(name, **{**arguments, **(overrides or {}).get(name, {})})
-        built += [task] * epochs
-    return TaskMixture(built, seed=seed)
-
-
-def build_mixture(recipe, seed=42):
-    """[(task name, arguments, epochs)] as in nanochat/data_recipes.py -> a TaskMixture; epochs repeats a task's rows."""
+def build_mixture(recipe, extra=None, seed=42):
+    """[(task name, arguments, epochs)] as in nanochat/data_recipes.py -> a TaskMixture; epochs repeats a task's rows, and
+    extra {task name: arguments} adds to the recipe's arguments what only this run knows, a data folder for example."""
+    extra = {name.lower(): arguments for name, arguments in (extra or {}).items()}
     repeated = []
     for name, arguments, epochs in recipe:
         if epochs < 1 or epochs != int(epochs):
             raise ValueError(f"{name} is asked for {epochs} epochs in the mixture: give a whole number from 1 on, or leave the line out")
-        repeated += [get_task(name, **arguments)] * int(epochs)
+        repeated += [get_task(name, **{**arguments, **extra.get(name.lower(), {})})] * int(epochs)
     return TaskMixture(repeated, seed=seed)
 
 

@@ -165,6 +165,7 @@ def test_a_recipe_becomes_a_mixture_with_repeated_epochs():
     mixture = build_mixture([("ALGEBRA", {"size": 10, "levels": 1}, 2), ("algebra", {"size": 3, "split": "test"}, 1)], seed=3)
     assert len(mixture) == 23 and answers(mixture) == answers(build_mixture([("ALGEBRA", {"size": 10, "levels": 1}, 2),
                                                                            ("algebra", {"size": 3, "split": "test"}, 1)], seed=3))
+    assert len(build_mixture([("ALGEBRA", {"size": 10}, 1)], {"algebra": {"size": 4}, "AQUA": {"data_dir": "nowhere"}})) == 4
     with pytest.raises(ValueError, match="0.5 epochs"):
         build_mixture([("ALGEBRA", {}, 0.5)])
 
