@@ -334,11 +334,20 @@ def sparkline(values, width=24):
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / span))] for mean in means)
 
 
-if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--"]
+def command_line(words):
+    """`reset|generate|summarize [RUN] [flags]` -> (command, Config)."""
+    words = words[1:] if words[:1] == ["--"] else words
+    usage = f"usage: python -m nanochat.report {'|'.join(COMMANDS)} [RUN] [--copy-to DIR] [--cost-per-hour PRICE]"
+    if words in (["--help"], ["-h"]):
+        print(usage)
+        raise SystemExit(0)
     if not words or words[0] not in COMMANDS:
-        raise SystemExit(f"usage: python -m nanochat.report {'|'.join(COMMANDS)} [RUN] [--copy-to DIR] [--cost-per-hour PRICE]")
-    flags = words[1:]
+        raise SystemExit(usage)
+    command, *flags = words
     if flags and not flags[0].startswith("-"):
         flags[0] = f"--run={flags[0]}"
-    main(words[0], parse(Config, flags))
+    return command, parse(Config, flags)
+
+
+if __name__ == "__main__":
+    main(*command_line(sys.argv[1:]))
