@@ -1,5 +1,229 @@
+//! The door to Python: convert, release the interpreter's lock, raise ValueError. The work is done behind it.
+
+pub mod bpe;
+pub mod count;
+pub mod encode;
+pub mod split;
+
 #[cfg(feature = "python")]
-use pyo3::prelude::*;
-#[cfg(feature = "python")]
-#[pymodule]
-fn rustbpe(_m: &Bound<'_, PyModule>) -> PyResult<()> { Ok(()) }
+mod python {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::Mutex;
+
+    use pyo3::exceptions::PyValueError;
+    use pyo3::prelude::*;
+    use pyo3::pybacked::PyBackedStr;
+    use pyo3::sync::PyOnceLock;
+    use pyo3::types::{PyBytes, PyInt, PyList, PyString};
+
+    use crate::bpe;
+    use crate::count::{Batch, Counting};
+    use crate::encode::Encoder;
+    use crate::split::{family_pattern, Splitter, DEFAULT_DIGITS};
+
+    const BATCH_BYTES: usize = 1 << 20;
+    const MAX_VOCAB_SIZE: usize = 1 << 30;
+
+    fn value_error(message: String) -> PyErr {
+        PyValueError::new_err(message)
+    }
+
+    fn available_threads() -> usize {
+        std::thread::available_parallelism().map_or(1, |threads| threads.get())
+    }
+
+    /// A byte-level BPE vocabulary with its split pattern: trained here, or made of known ranks.
+    #[pyclass(module = "rustbpe")]
+    struct Tokenizer {
+        pattern: String,
+        tokens: Vec<Vec<u8>>, // the bytes of every id
+        encoder: PyOnceLock<Encoder>,
+        ints: PyOnceLock<Vec<Py<PyInt>>>, // one Python integer per id: a list of ids then costs no allocation per id
+    }
+
+    #[pymethods]
+    impl Tokenizer {
+        #[new]
+        fn new() -> Self {
+            Tokenizer::of(String::new(), Vec::new())
+        }
+
+        /// (token bytes, rank) pairs, ranks 0, 1, 2, ... each once, and a pattern (None = the default) -> Tokenizer.
+        #[staticmethod]
+        #[pyo3(signature = (mergeable_ranks, pattern=None))]
+        fn from_ranks(py: Python<'_>, mergeable_ranks: Vec<(Bound<'_, PyBytes>, usize)>, pattern: Option<String>) -> PyResult<Self> {
+            let count = mergeable_ranks.len();
+            let mut tokens = vec![Vec::new(); count];
+            for (token, rank) in &mergeable_ranks {
+                if *rank >= count || !tokens[*rank].is_empty() {
+                    return Err(value_error(format!(
+                        "rank {rank} of the {count} mergeable ranks is too large or there twice: they must be 0 to {}, each once",
+                        count.saturating_sub(1)
+                    )));
+                }
+                tokens[*rank] = token.as_bytes().to_vec();
+            }
+            let tokenizer = Tokenizer::of(pattern.unwrap_or_else(|| family_pattern(DEFAULT_DIGITS)), tokens);
+            tokenizer.encoder(py)?;
+            Ok(tokenizer)
+        }
+
+        /// Trains on an iterable of str until there are `vocab_size` tokens, 256 of them single bytes, or nothing is left to merge.
+        /// At most `buffer_size` texts or 1 MB are collected before they are counted by `num_threads` threads (0 = one per core).
+        /// The merges do not depend on the threads. Ties go to the pair with the smaller left id, then the smaller right id.
+        #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, num_threads=0))]
+        fn train_from_iterator(
+            &mut self,
+            py: Python<'_>,
+            iterator: &Bound<'_, PyAny>,
+            vocab_size: i64,
+            buffer_size: i64,
+            pattern: Option<String>,
+            num_threads: usize,
+        ) -> PyResult<()> {
+            if !(256..=MAX_VOCAB_SIZE as i64).contains(&vocab_size) {
+                return Err(value_error(format!(
+                    "vocab_size={vocab_size} is outside 256 to {MAX_VOCAB_SIZE}: the single bytes alone are 256 tokens"
+                )));
+            }
+            if buffer_size < 1 {
+                return Err(value_error(format!("buffer_size={buffer_size} texts cannot be collected: give 1 or more")));
+            }
+            let pattern = pattern.unwrap_or_else(|| family_pattern(DEFAULT_DIGITS));
+            let splitter = Splitter::new(&pattern).map_err(value_error)?;
+            let num_threads = if num_threads == 0 { available_threads() } else { num_threads };
+            let counting = Counting::start(splitter, num_threads);
+            let mut batch = Batch::default();
+            for (number, item) in iterator.try_iter()?.enumerate() {
+                let item = item?;
+                let Ok(text) = item.cast::<PyString>() else {
+                    let kind = item.get_type().name()?;
+                    return Err(value_error(format!("item {number} of the iterator is of type {kind}, not str: give texts")));
+                };
+                batch.push(text.to_str()?);
+                if batch.text.len() >= BATCH_BYTES || batch.ends.len() as i64 >= buffer_size {
+                    if let Some(batch) = counting.offer(std::mem::take(&mut batch)) {
+                        py.detach(|| counting.send(batch));
+                    }
+                }
+            }
+            let merges = py.detach(|| {
+                counting.send(batch);
+                bpe::train(counting.finish()?, vocab_size as usize - 256)
+            });
+            let mut tokens: Vec<Vec<u8>> = (0..=255u8).map(|byte| vec![byte]).collect();
+            for (left, right) in merges.map_err(value_error)? {
+                let joined = [tokens[left as usize].as_slice(), tokens[right as usize].as_slice()].concat();
+                tokens.push(joined);
+            }
+            *self = Tokenizer::of(pattern, tokens);
+            Ok(())
+        }
+
+        /// The split pattern; "" before training.
+        fn get_pattern(&self) -> String {
+            self.pattern.clone()
+        }
+
+        /// [(token bytes, rank)] in the order of the ranks: the 256 bytes, then the merges.
+        fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, usize)> {
+            self.tokens.iter().enumerate().map(|(rank, token)| (PyBytes::new(py, token), rank)).collect()
+        }
+
+        #[getter]
+        fn vocab_size(&self) -> usize {
+            self.tokens.len()
+        }
+
+        /// str -> its ids, as tiktoken would give them for the same ranks and pattern.
+        fn encode<'py>(&self, py: Python<'py>, text: PyBackedStr) -> PyResult<Bound<'py, PyList>> {
+            let encoder = self.encoder(py)?;
+            let mut ids = Vec::new();
+            py.detach(|| encoder.encode(&text, &mut ids)).map_err(value_error)?;
+            self.to_list(py, &ids)
+        }
+
+        /// [str] -> the ids of each, in the same order, by `num_threads` threads (0 = one per core).
+        #[pyo3(signature = (texts, num_threads=1))]
+        fn encode_batch<'py>(&self, py: Python<'py>, texts: Vec<PyBackedStr>, num_threads: usize) -> PyResult<Bound<'py, PyList>> {
+            let encoder = self.encoder(py)?;
+            let num_threads = if num_threads == 0 { available_threads() } else { num_threads }.min(texts.len());
+            let encoded = py.detach(|| encode_all(encoder, &texts, num_threads)).map_err(value_error)?;
+            let lists: Vec<_> = encoded.iter().map(|ids| self.to_list(py, ids)).collect::<PyResult<_>>()?;
+            PyList::new(py, lists)
+        }
+    }
+
+    impl Tokenizer {
+        fn of(pattern: String, tokens: Vec<Vec<u8>>) -> Self {
+            Tokenizer { pattern, tokens, encoder: PyOnceLock::new(), ints: PyOnceLock::new() }
+        }
+
+        fn encoder(&self, py: Python<'_>) -> PyResult<&Encoder> {
+            if self.tokens.is_empty() {
+                return Err(value_error("this tokenizer has 0 tokens: train it or make it of ranks first".to_string()));
+            }
+            self.encoder.get_or_try_init(py, || Encoder::new(&self.tokens, Splitter::new(&self.pattern)?)).map_err(value_error)
+        }
+
+        fn to_list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
+            let ints = self.ints.get_or_init(py, || (0..self.tokens.len()).map(|id| PyInt::new(py, id).unbind()).collect());
+            PyList::new(py, ids.iter().map(|&id| ints[id as usize].bind(py)))
+        }
+    }
+
+    /// Each thread takes the next text that nobody has taken.
+    fn encode_all(encoder: &Encoder, texts: &[PyBackedStr], num_threads: usize) -> Result<Vec<Vec<u32>>, String> {
+        let taken = AtomicUsize::new(0);
+        let results = Mutex::new(vec![Vec::new(); texts.len()]);
+        let work = || -> Result<(), String> {
+            let mut done = Vec::new();
+            loop {
+                let index = taken.fetch_add(1, Ordering::Relaxed);
+                let Some(text) = texts.get(index) else { break };
+                let mut ids = Vec::new();
+                encoder.encode(text, &mut ids)?;
+                done.push((index, ids));
+            }
+            let mut results = results.lock().expect("no thread dies holding it");
+            for (index, ids) in done {
+                results[index] = ids;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..num_threads).map(|_| scope.spawn(work)).collect();
+            let own = work();
+            others.into_iter().map(|other| other.join().expect("encoding does not panic")).fold(own, Result::and)
+        })?;
+        Ok(results.into_inner().expect("no thread dies holding it"))
+    }
+
+    /// Text -> the pieces that a pattern (None = the default) cuts it into; `fast=False` asks fancy-regex in any case.
+    #[pyfunction]
+    #[pyo3(signature = (text, pattern=None, fast=true))]
+    fn split<'py>(py: Python<'py>, text: PyBackedStr, pattern: Option<String>, fast: bool) -> PyResult<Vec<Bound<'py, PyString>>> {
+        let pattern = pattern.unwrap_or_else(|| family_pattern(DEFAULT_DIGITS));
+        let splitter = if fast { Splitter::new(&pattern) } else { Splitter::regex(&pattern) }.map_err(value_error)?;
+        let mut pieces = Vec::new();
+        splitter.for_each(&text, |start, end| pieces.push(PyString::new(py, &text[start..end]))).map_err(value_error)?;
+        Ok(pieces)
+    }
+
+    /// The pattern of the default family with at most `digits` digits (1 to 3) in a piece.
+    #[pyfunction]
+    #[pyo3(signature = (digits=DEFAULT_DIGITS))]
+    fn default_pattern(digits: usize) -> PyResult<String> {
+        match digits {
+            1..=3 => Ok(family_pattern(digits)),
+            _ => Err(value_error(format!("digits={digits}, but a piece holds at most 1, 2 or 3 digits: give one of them"))),
+        }
+    }
+
+    #[pymodule]
+    fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add_class::<Tokenizer>()?;
+        module.add_function(wrap_pyfunction!(split, module)?)?;
+        module.add_function(wrap_pyfunction!(default_pattern, module)?)
+    }
+}
