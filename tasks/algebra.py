@@ -1,13 +1,13 @@
 """Endless AQuA-shaped problems made from a seed: the default data where there is no network, and a curriculum in four levels.
 
-    question   Tom buys 3 pens for 12 coins. What do 5 pens cost?
-    options    A)15  B)20  C)24  D)19  E)60
-    rationale  12/3=4 so 5*4=20
-    correct    B
+    question   5 keys cost 85 coins. What do 3 keys cost?
+    options    A)22  B)83  C)17  D)51  E)7
+    rationale  85/5=17 so 3*17=51
+    correct    D
 
 Made for a model of a million parameters: every number, also inside the rationale, lies within 0..99, so that it is one token;
-formulas have no blanks; each step is one operation with its operands and its result. A level says how many operations
-a problem takes: 1, 2, 3, and 4 or more.
+formulas have no blanks; each step is one operation with its operands and its result. Levels 1, 2 and 3
+take that many operations; level 4 takes 3 to 5 and has two unknowns or a condition to turn round.
 
 Train and held-out problems are disjoint by construction: the hash of a problem's kind and numbers, order and wording left out,
 decides which split it may appear in, whatever the seed.

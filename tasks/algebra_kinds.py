@@ -6,7 +6,7 @@ tasks/algebra.py drops such a draw and asks again, and decides which split the n
 LARGEST = 99                                            # every number is one or two digits, so that it is one token
 LEVELS = (1, 2, 3, 4)
 NAMES = ("Ann", "Tom", "Sue", "Bob", "Kim", "Max", "Eva", "Sam")
-THINGS = ("pens", "cups", "eggs", "books", "coins", "cards", "keys", "hats")
+THINGS = ("pens", "cups", "eggs", "books", "balls", "cards", "keys", "hats")
 KINDS = {}                                              # kind -> (level, function)
 
 
