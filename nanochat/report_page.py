@@ -6,13 +6,14 @@ import io
 import logging
 import math
 import re
-from html import escape
+from html import escape as escape_html
 
 import matplotlib
 from markdown_it import MarkdownIt  # comes with rich
 from matplotlib.figure import Figure
 
 from nanochat.report import COLUMNS, LEGEND, baseline, is_number, percent, result_row, series, texts, verdict
+from nanochat.run_logger import visible
 
 INK, MUTED, FAINT, RULE = "#1c2733", "#5f6c7b", "#a9b4c0", "#e4e8ed"
 STAGE_COLORS = {"base": "#7a8797", "mid": "#2b8a83", "sft": "#2f6db5", "rl": "#cf5b36"}
@@ -80,6 +81,10 @@ def html_page(report):
             letters_plot(report["evals"]), samples(report), sections(report["sections"]), fact_table(report["facts"]), missing(report["missing"])]
     return ("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
             f"<title>{escape(title(report))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(filter(None, body)) + "\n</main>\n</body>\n</html>\n")
+
+
+def escape(text):
+    return escape_html(visible(text))
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ def first_of(item, *names):
 def sections(found):
     """The stages' own words. Their markdown is rendered with raw HTML and pictures switched off."""
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    cards = [f'<div class="card"><h3>{escape(str(section["name"]))}</h3>{reader.render(str(section["markdown"]))}{knobs(section["data"])}</div>' for section in found]
+    cards = [f'<div class="card"><h3>{escape(str(section["name"]))}</h3>{reader.render(visible(str(section["markdown"])))}{knobs(section["data"])}</div>' for section in found]
     return "<h2>The stages in their own words</h2>" + "".join(cards) if cards else ""
 
 
@@ -244,7 +249,7 @@ def svg(drawing, name, words):
     text = buffer.getvalue()
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg"):])
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words, quote=True)}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
 
 
 def plot(drawing, name, heading, caption):

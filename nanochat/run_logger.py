@@ -57,7 +57,7 @@ class RunLogger:
         self.write({"step": step, "time": time.time(), "text": {name: text}})
         rows = [{"text": text}] if isinstance(text, str) else text
         if isinstance(text, str):
-            self.console.say(f"-- {name} at step {step}\n{text}")
+            self.console.say(f"-- {name} at step {step}\n{visible(text)}")
         if self.wandb and rows:
             import wandb
             self.wandb.log({"step": step, name: wandb.Table(columns=list(rows[0]), data=[[str(cell) for cell in row.values()] for row in rows])})
@@ -236,6 +236,11 @@ def shown(metrics):
     """The first few metrics as short texts, in the order in which the script gave them."""
     texts = [f"{name.removeprefix('train/')} {short(value)}" for name, value in metrics.items() if isinstance(value, (int, float))]
     return texts[:MAX_SHOWN] + ([f"+{len(texts) - MAX_SHOWN} in the file"] if len(texts) > MAX_SHOWN else [])
+
+
+def visible(text):
+    """Text of a model's making, fit to be shown: control characters become their pictures, since some steer terminals and break HTML."""
+    return "".join(chr(0x2400 + ord(char)) if char < " " and char not in "\n\t" else "\ufffd" if "\x7f" <= char <= "\x9f" else char for char in text)
 
 
 def short(value):

@@ -17,7 +17,7 @@ from nanochat.report_page import html_page, running_mean
 from nanochat.run_logger import RunLogger
 
 ROOT = Path(__file__).parent.parent
-EVIL = "<script>alert('x')</script> & <img src=http://example.invalid/x.png>"
+EVIL = "\x00\x1b[2J<script>alert('x')</script> & <img src=http://example.invalid/x.png>"
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,7 @@ def test_the_page_is_one_valid_file_without_script_or_foreign_source(base):
     parser = Strict()
     parser.feed(page)
     assert parser.open == [] and "script" not in parser.seen and "img" not in parser.seen and parser.sources == []
+    assert "\x00" not in page and "\x1b" not in page
     assert "&lt;script&gt;" in page and page.count("<svg") == 5
     assert len(re.findall(r'\bid="([^"]+)"', page)) == len(set(re.findall(r'\bid="([^"]+)"', page))), "ids of two plots meet"
 

@@ -92,6 +92,14 @@ def test_texts_tables_and_pictures_are_lines_too(base):
     assert image["image"]["attention"].endswith("map.png")
 
 
+def test_what_a_model_wrote_cannot_steer_the_terminal(base, capsys):
+    logger = RunLogger("base", Config(), MASTER)
+    logger.log_text(0, "samples", "a\x1b[2Jb\x00\x9bc\n\td")
+    logger.close()
+    assert capsys.readouterr().out.endswith("a\u241b[2Jb\u2400\ufffdc\n\td\n")
+    assert read_log(base / "runs" / "base_d2.jsonl")[1]["text"]["samples"] == "a\x1b[2Jb\x00\x9bc\n\td"
+
+
 def test_other_ranks_write_and_print_nothing(base, capsys):
     logger = RunLogger("rl", Config(), Compute(torch.device("cpu"), torch.float32, rank=1, world_size=2))
     logger.log(0, {"train/loss": 1.0})
