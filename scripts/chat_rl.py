@@ -25,6 +25,7 @@ from nanochat.rl.rollout import make_batches, sample_groups
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay
 from nanochat.training import every, optimizer_step, seed_everything
+from tasks.aqua import extract_answer
 from tasks.common import get_task
 from tasks.evaluation import quick_accuracy
 
@@ -115,7 +116,7 @@ def main(config):
         seeds = [draw_seed(config.seed, step, place) for place, _ in indices]
         groups = sample_groups(engine, tokenizer, conversations, train_task.rewards, config.num_samples, config.max_new_tokens,
                                config.temperature, seeds)
-        metrics = rollout_metrics(groups, compute, lambda text: train_task.extract(text), letters)
+        metrics = rollout_metrics(groups, compute, extract_answer, letters)
         metrics["time/generate_s"] = clock.lap()
 
         # Gradient on the groups that hold both right and wrong answers

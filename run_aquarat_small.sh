@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained, RL-tuned, evaluated model. The only place where the order of the stages is written.
+#
+#   bash run_aquarat_small.sh               everything; stages that are done are skipped when it is run again
+#   PRESET=cpu bash run_aquarat_small.sh    the embedded default: no GPU, no network data, no account; 15 minutes on 2 cores
+#   FRESH=1 bash run_aquarat_small.sh       start over
+#   DEPTH=12 SHARDS=80 bash run_aquarat_small.sh       a larger model on GPUs
+#
+# PRESET is gpu where nvidia-smi lists a GPU, else cpu. .env is read as data; what the caller has set wins.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/bootstrap.sh
+source scripts/pipeline.sh
+
+read_env_file .env
+set_up_environment
+choose_places
+choose_hardware
+
+if [ "$PRESET" = cpu ]; then
+    # AQUA is the embedded algebra here: prepare_offline writes it in AQuA's form
+    export AQUA_DATA_DIR="${AQUA_DATA_DIR:-$NANOCHAT_BASE_DIR/aqua}"
+    stage data       python -m scripts.prepare_offline --seed="$SEED"
+    stage tokenizer  python -m scripts.tok_train --vocab-size=1024
+    stage train-base $LAUNCH scripts.base_train --run="$WANDB_RUN" --seed="$SEED" --depth=4 --n-embd=128 --head-dim=32 --max-seq-len=256 \
+                     --device-batch-size=16 --total-batch-size=4096 --num-iterations="${BASE_STEPS:-1200}" --eval-every=400 --eval-tokens=65536 --sample-every=600 --save-every=400
+    stage train-mid  $LAUNCH scripts.mid_train --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --num-iterations="${MID_STEPS:-1000}" --eval-every=500 --save-every=250
+    stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --num-iterations="${SFT_STEPS:-200}" \
+                     --init-lr-frac=0.3 --eval-metrics-every=100 --max-new-tokens=64 --save-every=100
+    stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-150}" --num-samples=8 --examples-per-step=32 \
+                     --max-new-tokens=64 --device-batch-size=64 --eval-every=50 --eval-examples=500 --save-every=50
+    for source in base mid sft rl; do
+        stage eval-$source python -m scripts.chat_eval -i $source -a AQUA --split=test --max-new-tokens=64 --batch-size=256
+    done
+else
+    stage shards     python -m nanochat.dataset -n "${SHARDS:-40}"
+    stage aqua       python -m scripts.prepare_aqua
+    stage identity   python -m scripts.prepare_offline --only=identity --seed="$SEED"
+    stage tokenizer  python -m scripts.tok_train --vocab-size=65536 --max-chars=2000000000
+    stage train-base $LAUNCH scripts.base_train --run="$WANDB_RUN" --seed="$SEED" --depth="${DEPTH:-8}" --device-batch-size=32 \
+                     --total-batch-size=$(( 32 * 2048 * $(times_ranks 8) )) --save-every=1000
+    stage base-loss  $LAUNCH scripts.base_loss
+    stage train-mid  $LAUNCH scripts.mid_train --run="$WANDB_RUN" --seed="$SEED" --save-every=500
+    stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --aqua_train_examples=20000 --aqua_val_examples=254 \
+                     --target-examples-per-step=$(( 4 * $(times_ranks 8) )) --save-every=500
+    stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-600}" --max-new-tokens=128 \
+                     --examples-per-step="$(times_ranks 16)"
+    for source in base mid sft rl; do
+        stage eval-$source $LAUNCH scripts.chat_eval -i $source -a AQUA --max-new-tokens=256
+    done
+fi
+stage report         python -m nanochat.report generate
+python -m nanochat.report summarize "$WANDB_RUN"
+say "the report: $NANOCHAT_BASE_DIR/report/report.html"
