@@ -302,14 +302,19 @@ def curves(runs):
 
 
 def panels(runs, name, heading, caption, draw):
-    drawing, axes = figure(10, 2.7, max(2, len(runs)))
-    for ax, run in zip(axes, runs):
-        draw(ax, run)
-        ax.set_title(f"{run['stage']} {run['model_tag']}", fontsize=9.5, color=INK, loc="left", pad=8)
-        finish_steps(ax)
-    for ax in axes[len(runs):]:
-        ax.set_visible(False)
-    return plot(drawing, name, heading, caption)
+    """One panel per run, four in a row."""
+    parts = []
+    for start in range(0, len(runs), 4):
+        row = runs[start:start + 4]
+        drawing, axes = figure(10, 2.7, max(2, min(4, len(runs))))
+        for ax, run in zip(axes, row):
+            draw(ax, run)
+            ax.set_title(f"{run['stage']} {run['model_tag']}", fontsize=9.5, color=INK, loc="left", pad=8)
+            finish_steps(ax)
+        for ax in axes[len(row):]:
+            ax.set_visible(False)
+        parts.append(plot(drawing, f"{name}-{start}", heading, caption))
+    return "".join(parts)
 
 
 def finish_steps(ax):

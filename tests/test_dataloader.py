@@ -281,7 +281,8 @@ def test_train_on_all_teaches_the_question_too(shards):
     with make_conversations(shards, train_on_all=True) as loader:
         (all_inputs, all_targets), = take(loader, 1)
     assert torch.equal(inputs, all_inputs)
-    assert not (targets == USER_END).any() and (all_targets == USER_END).any()
+    for untaught in (BOS, USER_END, ASSISTANT_START):
+        assert not (targets == untaught).any() and (all_targets == untaught).any()
     assert torch.equal(targets[targets >= 0], all_targets[targets >= 0])
 
 
