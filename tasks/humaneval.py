@@ -14,7 +14,7 @@
 import re
 import secrets
 
-from nanochat import execution
+from nanochat.execution import run_python
 from tasks.common import Task, register
 from tasks.splits import load_split
 
@@ -63,5 +63,6 @@ class HumanEval(Task):
         if not code.strip():
             return False
         mark = secrets.token_hex(16)
-        result = execution.run_python(judged_program(conversation["prompt"], code, conversation["entry_point"], conversation["test"], mark), timeout=SECONDS)
-        return result.ok and result.stdout.rstrip().endswith(mark)
+        program = judged_program(conversation["prompt"], code, conversation["entry_point"], conversation["test"], mark)
+        result = run_python(program, timeout_s=SECONDS)
+        return result.success and result.stdout.rstrip().endswith(mark)

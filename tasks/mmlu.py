@@ -18,6 +18,7 @@ SCIENCE = {"anatomy", "astronomy", "clinical_knowledge", "college_biology", "col
            "high_school_physics", "high_school_statistics", "human_aging", "machine_learning", "medical_genetics", "nutrition", "virology"}
 
 
+@register("MMLU-Science", random_accuracy=0.25, subjects="science")
 @register("MMLU", random_accuracy=0.25)
 class MMLU(PlainChoices):
     """One split, all subjects or the 19 of science. auxiliary_train, which is for training, does not name its subjects."""

@@ -75,7 +75,7 @@ class SpellingBee(SpellingTask, NumberTask):
     def get_example(self, index):
         r, word = self.draw(index)
         # the count is drawn before the letter: of random letters of a word, three in four stand there once
-        wanted = r.choice(sorted({word.count(other) for other in word} | {0}))
+        wanted = 0 if r.random() < 0.25 else r.choice(sorted({word.count(other) for other in word}))
         letter = r.choice([other for other in ALPHABET if word.count(other) == wanted])
         question = r.choice(ASK).format(letter=r.choice(QUOTES).format(letter), word=r.choice(QUOTES).format(word))
         places = [str(place) for place, other in enumerate(word, start=1) if other == letter]

@@ -1,0 +1,235 @@
+"""A Task meets an Engine: every problem is answered and judged.
+
+Two ways to answer. Generative: the model writes, the task judges. Categorical (multiple choice): "Answer:" is forced and the
+letters' probabilities are compared, right after the prompt ("no reasoning") and after the model's own reasoning. A record
+holds all that was said about one problem; tasks/metrics.py turns records into metrics.
+"""
+import random
+from dataclasses import dataclass
+
+import torch
+
+from nanochat.engine import Request
+from tasks.aqua import extract_answer, permuted, split_choices
+from tasks.common import message_text, render_choices
+from tasks.metrics import choose, summarize
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the answers: the same model with the same settings answers the same."""
+    mode: str = ""                                      # generative or categorical ("" = as the task says)
+    temperature: float = 0.0                            # 0 = always the likeliest token
+    top_k: int | None = None                            # sample among the likeliest tokens only
+    num_samples: int = 1                                # completions per problem
+    max_new_tokens: int = 512
+    seed: int = 42
+    letters: bool = True                                # multiple choice: read the letters' probabilities as well
+    controls: bool = False                              # multiple choice: without the question, and in all cyclic orders
+
+    def __post_init__(self):
+        if self.mode not in ("", "generative", "categorical"):
+            raise ValueError(f"mode={self.mode!r} is not generative or categorical: leave it empty for the task's own")
+        if self.num_samples < 1 or self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(f"num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens} must be at least 1, temperature={self.temperature} at least 0")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(f"num_samples={self.num_samples} at temperature 0 are {self.num_samples} equal answers: set a temperature, or num_samples=1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answering
+
+def evaluate(task, engine, tokenizer, compute, settings, known=None, keep=None, batch_size=64, max_problems=-1):
+    """Every problem of a task, or its first max_problems, -> its record, in the task's order, on every rank; each rank answers its share.
+
+    `known` {index: record} are records of an earlier, interrupted evaluation with the same settings; what they hold is not
+    asked again. `keep(record)` is called whenever a record of this rank has grown."""
+    known, keep = known or {}, keep or (lambda record: None)
+    mode = settings.mode or task.eval_type
+    count = len(task) if max_problems < 0 else min(max_problems, len(task))
+    conversations = {index: task[index] for index in range(compute.rank, count, compute.world_size)}
+    records = {index: start_record(task, index, conversation, known.get(index)) for index, conversation in conversations.items()}
+    if mode == "categorical" and not all("letters" in conversation for conversation in conversations.values()):
+        raise ValueError(f"{task.name} has no letters to compare: only multiple-choice tasks can be evaluated with mode='categorical'")
+    letters = sorted({letter for conversation in conversations.values() for letter in conversation.get("letters", ())})
+    if letters and (settings.letters or mode == "categorical"):
+        answer_tokens(tokenizer, letters)               # before hours of writing, not after
+    if mode == "generative":
+        write_answers(task, conversations, records, engine, tokenizer, settings, keep)
+    if letters and (settings.letters or mode == "categorical"):
+        read_letters(conversations, records, engine.model, tokenizer, settings.controls and mode == "categorical", keep, batch_size)
+    return sorted((record for part in compute.gather_objects(list(records.values())) for record in part), key=lambda record: record["index"])
+
+
+def quick_accuracy(task, engine, tokenizer, compute, max_problems, max_new_tokens):
+    """Greedy accuracy on the first problems of a task, as metrics for a training log."""
+    settings = Settings(mode="generative", max_new_tokens=max_new_tokens, letters=False)
+    records = evaluate(task, engine, tokenizer, compute, settings, max_problems=max_problems)
+    metrics = summarize(records, task.random_accuracy)
+    names = ("accuracy", "ci_low", "ci_high", "parse_failures", "truncated", "mean_tokens")
+    return {f"eval/{name}": metrics[name] for name in names if metrics[name] is not None}
+
+
+def start_record(task, index, conversation, known=None):
+    """What is known about a problem before the model has said anything; or the earlier record, if it is about the same problem."""
+    reference = message_text(conversation["messages"][-1])
+    record = {"index": index, "prompt": question_of(conversation), "gold": conversation.get("answer_letter", find_answer(task, conversation, reference))}
+    if "letters" in conversation:
+        record["letters"] = conversation["letters"]
+    return {**known, **record} if known and all(known.get(name) == value for name, value in record.items()) else record
+
+
+def question_of(conversation):
+    return "\n\n".join(message_text(message) for message in conversation["messages"][:-1])
+
+
+def find_answer(task, conversation, text):
+    """The answer that a completion gives, or None if it gives none or the task's answers cannot be put into a word."""
+    if "letters" in conversation:
+        return extract_answer(text, conversation["letters"])
+    return task.extract(text) if hasattr(task, "extract") else None
+
+
+def write_answers(task, conversations, records, engine, tokenizer, settings, keep):
+    """Let the model write: fills "completions" and, with controls, "controls" of the records that lack them. All are in flight together."""
+    asked, requests = [], []
+    for index, conversation in conversations.items():
+        known = {"given"} if "completions" in records[index] else set()
+        known |= records[index].get("controls", {}).keys()
+        for name, variant in variants(conversation, settings.controls).items():
+            if name in known:
+                continue
+            asked.append((index, name, variant))
+            requests.append(Request(tokenizer.render_for_completion(variant), settings.num_samples if name == "given" else 1, settings.max_new_tokens,
+                                    settings.temperature, settings.top_k, seed=random.Random(f"evaluation|{settings.seed}|{index}").getrandbits(62)))
+    context = engine.model.config.sequence_len
+    order = sorted((place for place, request in enumerate(requests) if len(request.tokens) < context), key=lambda place: len(requests[place].tokens))
+    finished = [{} for _ in order]                      # of each request: sample -> completion
+
+    def finish(place, completions):
+        index, name, variant = asked[place]
+        if name == "given":
+            records[index]["completions"] = [judge(task, variant, completion) for completion in completions]
+        else:
+            letter = extract_answer(completions[0].text, variant["letters"]) if completions[0] else None
+            records[index].setdefault("controls", {})[name] = chosen(variant, letter)
+        keep(records[index])
+
+    def on_finish(request, sample, completion):
+        finished[request][sample] = completion
+        place = order[request]
+        if len(finished[request]) == requests[place].num_samples:
+            finish(place, [finished[request][sample] for sample in range(requests[place].num_samples)])
+
+    engine.generate([requests[place] for place in order], on_finish)
+    for place in set(range(len(requests))) - set(order):  # the prompt alone fills the context: no answer, and counted
+        finish(place, [None] * requests[place].num_samples)
+
+
+def judge(task, conversation, completion):
+    if completion is None:
+        return {"text": "", "answer": None, "correct": False, "finish_reason": "prompt too long", "tokens": 0}
+    return {"text": completion.text, "answer": find_answer(task, conversation, completion.text),
+            "correct": bool(task.is_correct(conversation, completion.text)), "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
+
+
+def variants(conversation, controls):
+    """{"given": the conversation itself}, with controls also "blind" (the options without the question) and "shift 1", "shift 2", ..."""
+    found = {"given": conversation}
+    if controls and "letters" in conversation:
+        place = len(conversation["messages"]) - 2       # the last user message
+        _, choices, after = split_choices(message_text(conversation["messages"][place]), conversation["letters"])
+        messages = list(conversation["messages"])
+        messages[place] = {**messages[place], "content": render_choices("", conversation["letters"], choices).strip("\n") + after}
+        found["blind"] = {**conversation, "messages": messages}
+        found |= {f"shift {shift}": permuted(conversation, shift) for shift in range(1, len(choices))}
+    return found
+
+
+def chosen(conversation, answer):
+    return choose(question_of(conversation), conversation["letters"], conversation["answer_letter"], answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading letters
+
+def read_letters(conversations, records, model, tokenizer, controls, keep, batch_size):
+    """Force "Answer:" and compare the letters: fills "no_reasoning" of each record, "after_reasoning" where the model wrote some,
+    and with controls the letters without the question and in other orders."""
+    places, prompts, letters = [], [], []
+    for index, conversation in conversations.items():
+        if "letters" not in conversation:
+            continue
+        record = records[index]
+        for name, variant in variants(conversation, controls).items():
+            missing = "no_reasoning" not in record if name == "given" else name not in record.get("controls", {})
+            if missing:
+                places.append((index, "no_reasoning" if name == "given" else name, variant))
+                prompts.append(tokenizer.render_for_completion(variant))
+                letters.append(conversation["letters"])
+        reasoning = reasoning_of(record)
+        if reasoning and "after_reasoning" not in record:
+            places.append((index, "after_reasoning", conversation))
+            prompts.append(tokenizer.render_for_completion(conversation) + tokenizer.encode(f"{reasoning}\n"))
+            letters.append(conversation["letters"])
+
+    def fill(place, logprobs):
+        index, name, variant = places[place]
+        letter = max(logprobs, key=logprobs.get) if logprobs else None
+        if name in ("no_reasoning", "after_reasoning"):
+            records[index][name] = {"answer": letter, "logprobs": {key: round(value, 4) for key, value in (logprobs or {}).items()}}
+        else:
+            records[index].setdefault("controls", {})[name] = chosen(variant, letter)
+        keep(records[index])
+
+    letter_logprobs(model, tokenizer, prompts, letters, batch_size, fill)
+
+
+def reasoning_of(record):
+    """What the first completion says before its answer line; all of it if it was cut off before one. "" if there is nothing."""
+    if not record.get("completions"):
+        return ""
+    text = record["completions"][0]["text"].rstrip()
+    return (text.rpartition("\n")[0] if record["completions"][0]["answer"] else text).rstrip()
+
+
+def answer_tokens(tokenizer, letters):
+    """-> (the tokens to force so that a letter comes next, {letter: its token}) of "Answer: X". ValueError unless each letter is one token."""
+    encoded = {letter: tokenizer.encode(f"Answer: {letter}") for letter in letters}
+    forced = next(iter(encoded.values()))[:-1]
+    for letter, ids in encoded.items():
+        if ids[:-1] != forced or list(encoded.values()).count(ids) > 1:
+            raise ValueError(f"'Answer: {letter}' is {len(ids)} tokens that differ from those of the other {len(encoded) - 1} letters in more than the last, "
+                             "so the letters cannot be compared by one probability: train the tokenizer on text that holds the letters")
+    return forced, {letter: ids[-1] for letter, ids in encoded.items()}
+
+
+@torch.inference_mode()
+def letter_logprobs(model, tokenizer, prompts, letters, batch_size=64, on_result=None):
+    """Prompts (token ids up to where "Answer:" is to be forced) and the letters of each -> [{letter: log-probability among its letters}].
+
+    None where the prompt does not fit the context. `on_result(place, logprobs)` is called as soon as a batch is done."""
+    results = [None] * len(prompts)
+    if not prompts:
+        return results
+    forced, ids = answer_tokens(tokenizer, sorted(set().union(*letters)))
+    rows = [prompt + forced for prompt in prompts]
+    fits = [place for place, row in enumerate(rows) if len(row) <= model.config.sequence_len]
+    fits.sort(key=lambda place: len(rows[place]))       # similar lengths together: little padding
+    for start in range(0, len(fits), batch_size):
+        batch = fits[start:start + batch_size]
+        lengths = torch.tensor([len(rows[place]) for place in batch])
+        inputs = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)  # padding on the right: nothing before it looks there
+        for row, place in enumerate(batch):
+            inputs[row, :lengths[row]] = torch.tensor(rows[place])
+        hidden = model.hidden(inputs.to(model.device))[torch.arange(len(batch)), lengths - 1]  # (B, C)
+        logits = model.logits(hidden).float().cpu()     # (B, V)
+        for row, place in enumerate(batch):
+            logprobs = torch.log_softmax(logits[row, [ids[letter] for letter in letters[place]]], dim=0)
+            results[place] = dict(zip(letters[place], logprobs.tolist()))
+            if on_result:
+                on_result(place, results[place])
+    for place in set(range(len(rows))) - set(fits):
+        if on_result:
+            on_result(place, None)
+    return results
