@@ -27,12 +27,17 @@ struct Slot {
 
 /// Counted words -> the first `num_merges` merges, fewer where nothing is left to merge. Merge i makes token 256 + i.
 pub fn train(words: WordCounts, num_merges: usize) -> Result<Vec<Pair>, String> {
+    train_watching(words, num_merges, MIN_WATCHED)
+}
+
+fn train_watching(words: WordCounts, num_merges: usize, min_watched: usize) -> Result<Vec<Pair>, String> {
     let slots = lay_out(&words)?;
     drop(words);
-    let mut trainer = Trainer { slots, lengths: vec![1; 256], merges: Vec::with_capacity(num_merges.min(1 << 20)) };
+    let num_merges = num_merges.min(slots.len()); // a merge takes at least one token away
+    let mut trainer = Trainer { slots, lengths: vec![1; 256], merges: Vec::new() };
     while trainer.merges.len() < num_merges {
         let missing = num_merges - trainer.merges.len();
-        let (watched, threshold) = trainer.watch(MIN_WATCHED.max(missing / 4));
+        let (watched, threshold) = trainer.watch(min_watched.max(missing / 4));
         trainer.merge_watched(watched, threshold, num_merges);
         if threshold == 1 {
             break;
@@ -118,6 +123,7 @@ impl Trainer {
             false => 1,
         };
         drop(index);
+        let wanted = wanted.min(counts.len());
         let mut watched = Watched {
             counts: Vec::new(),
             places: Vec::new(),
@@ -360,5 +366,29 @@ mod tests {
     fn training_ends_when_nothing_is_left_to_merge() {
         assert_eq!(merges(&["aaa"], 10), vec![(97, 97), (256, 97)]);
         assert_eq!(merges(&["a", "b"], 10), vec![]);
+    }
+
+    #[test]
+    fn merges_do_not_depend_on_how_many_pairs_are_watched() {
+        let mut state = 99u32;
+        let mut random = |below: u32| {
+            state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            (state >> 16) % below
+        };
+        for letters in [2, 3, 26, 90] {
+            for _ in 0..100 {
+                let words: Vec<String> =
+                    (0..random(60)).map(|_| (0..1 + random(12)).map(|_| (b'!' + random(letters) as u8) as char).collect()).collect();
+                let count = || {
+                    let mut counts = WordCounts::default();
+                    words.iter().for_each(|word| counts.add(word.as_bytes(), 0, word.len()));
+                    counts
+                };
+                let all = train_watching(count(), 80, usize::MAX).unwrap();
+                for min_watched in [1, 2, 30] {
+                    assert_eq!(train_watching(count(), 80, min_watched).unwrap(), all, "{words:?}");
+                }
+            }
+        }
     }
 }

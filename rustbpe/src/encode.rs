@@ -84,6 +84,7 @@ impl Encoder {
 
     fn encode_with(&self, text: &str, ids: &mut Vec<u32>, cache: &mut Cache) -> Result<(), String> {
         let bytes = text.as_bytes();
+        ids.reserve(bytes.len() / 3);
         self.splitter.for_each(text, |start, end| {
             if end - start == 1 {
                 ids.push(self.bytes[bytes[start] as usize]);

@@ -199,12 +199,11 @@ mod python {
         Ok(results.into_inner().expect("no thread dies holding it"))
     }
 
-    /// Text -> the pieces that a pattern (None = the default) cuts it into; `fast=False` asks fancy-regex in any case.
+    /// Text -> the pieces that a pattern (None = the default) cuts it into.
     #[pyfunction]
-    #[pyo3(signature = (text, pattern=None, fast=true))]
-    fn split<'py>(py: Python<'py>, text: PyBackedStr, pattern: Option<String>, fast: bool) -> PyResult<Vec<Bound<'py, PyString>>> {
-        let pattern = pattern.unwrap_or_else(|| family_pattern(DEFAULT_DIGITS));
-        let splitter = if fast { Splitter::new(&pattern) } else { Splitter::regex(&pattern) }.map_err(value_error)?;
+    #[pyo3(signature = (text, pattern=None))]
+    fn split<'py>(py: Python<'py>, text: PyBackedStr, pattern: Option<String>) -> PyResult<Vec<Bound<'py, PyString>>> {
+        let splitter = Splitter::new(&pattern.unwrap_or_else(|| family_pattern(DEFAULT_DIGITS))).map_err(value_error)?;
         let mut pieces = Vec::new();
         splitter.for_each(&text, |start, end| pieces.push(PyString::new(py, &text[start..end]))).map_err(value_error)?;
         Ok(pieces)
