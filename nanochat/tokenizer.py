@@ -1,7 +1,6 @@
 """Text <-> token ids, and conversations -> (ids, mask). Merges are trained by rustbpe; encoding gives tiktoken's ids.
 
-A tokenizer is one JSON file: pattern, special tokens, mergeable ranks. Nothing is ever pickled; a reference `tokenizer.pkl`
-is read by an unpickler that knows one name only. Layout of a conversation:
+A tokenizer is one JSON file: pattern, special tokens, mergeable ranks. Nothing is ever pickled. Layout of a conversation:
 
     <|bos|> (<|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|>)*
 """
@@ -9,19 +8,24 @@ import base64
 import binascii
 import hashlib
 import json
-import pickle
 from pathlib import Path
 
 import rustbpe
 import tiktoken
 
 from nanochat.common import base_dir, write_atomic
+from nanochat.reference_tokenizer import check_token_bytes, read_encoding
 
 SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
                   "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 FILE_NAME = "tokenizer.json"
 FORMAT = "nanochat-tokenizer-1"
 MIN_TRAINED = 8  # assistant tokens that a cut conversation keeps at least, if it has as many
+
+
+def split_pattern(digits=2):
+    """The default split pattern, GPT-4's, with at most `digits` (1, 2 or 3) digits together."""
+    return rustbpe.default_pattern(digits)
 
 
 def get_tokenizer():
@@ -40,7 +44,7 @@ class Tokenizer:
                              f"({', '.join(SPECIAL_TOKENS)}): use a tokenizer trained here or by the reference")
         self.tokens, self.pattern, self.special_tokens = list(tokens), pattern, list(special_tokens)
         self.encoder = rustbpe.Tokenizer.from_ranks([(token, rank) for rank, token in enumerate(self.tokens)], pattern)
-        self.is_fast = pattern in [rustbpe.default_pattern(digits) for digits in (1, 2, 3)]
+        self.is_fast = pattern in map(split_pattern, (1, 2, 3))
         self.special_ids = {name: len(self.tokens) + i for i, name in enumerate(self.special_tokens)}
         self.vocab_size = len(self.tokens) + len(self.special_tokens)
         self.bos_id = self.special_ids["<|bos|>"]
@@ -299,52 +303,3 @@ def check_content(index, role, message):
                              f"a part is {{'type': one of {', '.join(allowed)}, 'text': str}}")
         parts.append((kind, text))
     return parts
-
-
-# -- the reference's files
-
-class EncodingState:
-    """Stands in for tiktoken.Encoding while a reference pickle is read: keeps the state, runs nothing."""
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class EncodingUnpickler(pickle.Unpickler):
-    """Knows one name. A pickle that asks for another is refused before anything of it is called."""
-
-    def find_class(self, module, name):
-        if (module, name) != ("tiktoken.core", "Encoding"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no tokenizer needs")
-        return EncodingState
-
-
-def read_encoding(path):
-    """A pickled tiktoken.Encoding -> its state: pat_str, mergeable_ranks, special_tokens, of the right types."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: name a reference tokenizer.pkl or the folder that holds it")
-    state = None
-    try:
-        with open(path, "rb") as file:
-            state = getattr(EncodingUnpickler(file).load(), "state", None)
-        problem = "it is not a pickled tiktoken.Encoding"
-    except Exception as error:  # a hostile or torn pickle can raise anything at all
-        problem = str(error) or type(error).__name__
-    kinds = {"pat_str": None, "mergeable_ranks": bytes, "special_tokens": str}
-    if isinstance(state, dict) and all(
-            isinstance(state.get(name), str) if kind is None else isinstance(state.get(name), dict)
-            and all(isinstance(key, kind) and type(value) is int for key, value in state[name].items()) for name, kind in kinds.items()):
-        return state
-    raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read as a tokenizer: {problem}")
-
-
-def check_token_bytes(path, expected):
-    """ValueError unless the reference's `token_bytes.pt` (one byte count per id) says the same as the tokenizer."""
-    import torch  # only here: text needs no tensors
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True).tolist()
-    except Exception as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read as a tensor of byte counts: {error}") from error
-    if found != expected:
-        raise ValueError(f"{path} counts {len(found)} tokens of {sum(found)} bytes, the tokenizer beside it has {len(expected)} of "
-                         f"{sum(expected)}: they belong to different tokenizers")
