@@ -87,7 +87,7 @@ def main(config):
         summaries.append(summary)
 
     if compute.is_master:
-        chatcore = mean_centred(summaries)
+        chatcore = mean_centred(summaries, is_whole=config.max_problems < 0)
         show(summaries, chatcore)
         add_section(f"chat_eval_{config.source}", markdown(summaries, chatcore), {"chatcore": chatcore["value"], **{
             f"{summary['task']} {summary['split']}": summary["metrics"]["accuracy"] for summary in summaries}})
@@ -216,7 +216,7 @@ def compare_files(path_a, path_b):
     print0(f"A {path_a.name}: {percent(result['accuracy_a'])}\nB {path_b.name}: {percent(result['accuracy_b'])}")
     if len(shared) < max(map(len, runs)):
         print0(f"only the {len(shared)} problems in both are compared; A has {len(runs[0])}, B has {len(runs[1])}")
-    print0(f"only A right: {result['only_a']}, only B right: {result['only_b']}\n{result['verdict']}")
+    print0(f"A is better on {result['only_a']} problems, B on {result['only_b']}\n{result['verdict']}")
     return result
 
 
@@ -233,11 +233,11 @@ def samples(records):
     return shown
 
 
-def mean_centred(summaries):
-    """ChatCORE: the mean of (accuracy - random) / (1 - random). Over fewer than its seven tasks, or parts of them, it bears another name."""
+def mean_centred(summaries, is_whole):
+    """ChatCORE: the mean of (accuracy - random) / (1 - random). Over other than its seven whole tasks it bears another name."""
     values = [centred(summary["metrics"]["accuracy"], summary["metrics"]["random_accuracy"]) for summary in summaries]
-    complete = sorted(summary["task"] for summary in summaries) == sorted(CHATCORE)
-    return {"name": "ChatCORE" if complete else f"mean of {len(values)} centred accuracies (ChatCORE needs its {len(CHATCORE)} tasks)",
+    complete = is_whole and sorted(summary["task"] for summary in summaries) == sorted(CHATCORE)
+    return {"name": "ChatCORE" if complete else f"mean of {len(values)} centred accuracies (ChatCORE needs all of its {len(CHATCORE)} tasks)",
             "value": sum(values) / len(values)}
 
 
@@ -256,6 +256,8 @@ def row(summary):
 def details(summary):
     """Lines about letters and controls, for the tasks that have them."""
     metrics, lines = summary["metrics"], []
+    if "too_long" in metrics:
+        lines.append(f"{metrics['too_long']} of {summary['n']} prompts do not fit the model's context and count as wrong")
     if "letters_pred" in metrics:
         lines.append("letters given " + " ".join(f"{letter}:{count}" for letter, count in metrics["letters_pred"].items())
                      + ", right " + " ".join(f"{letter}:{count}" for letter, count in metrics["letters_gold"].items()))

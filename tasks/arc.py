@@ -10,7 +10,7 @@
 
 There is no rationale to learn from, so the letter is compared by its probability (eval_type "categorical").
 """
-from tasks.aqua import MAX_LETTERS, LetterTask
+from tasks.aqua import MAX_LETTERS, LetterTask, answer_parts
 from tasks.common import register, render_choices
 from tasks.splits import load_split
 
@@ -30,7 +30,7 @@ class PlainChoices(LetterTask):
         letters = list(MAX_LETTERS[:len(choices)])
         # one line per choice: a line break inside a choice would hide the others from whoever reads the list back
         prompt = render_choices(question.strip(), letters, [" ".join(str(choice).split()) for choice in choices])
-        return {"messages": [{"role": "user", "content": f"{prompt}\n{PROMPT_END}"}, {"role": "assistant", "content": f"Answer: {letters[answer]}"}],
+        return {"messages": [{"role": "user", "content": f"{prompt}\n{PROMPT_END}"}, {"role": "assistant", "content": answer_parts("", letters[answer])}],
                 "letters": letters, "answer_letter": letters[answer]}
 
 

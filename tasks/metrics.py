@@ -28,7 +28,7 @@ def answers_of(record):
 
 
 def summarize(records, random_accuracy=0.0):
-    """Records of one task -> its metrics. Names that end in "failures" and "truncated" are shares of all completions."""
+    """Records of one task -> its metrics. Shares lie within 0..1."""
     if not records:
         raise ValueError("there are 0 answers to summarize: check the task's split and --max-problems")
     accuracy, low, high = accuracy_interval([score(record) for record in records])
@@ -46,8 +46,18 @@ def summarize(records, random_accuracy=0.0):
         metrics["letters_gold"] = {letter: gold.count(letter) for letter in letters}
         metrics["letters_pred"] = {letter: sum(answer == letter for _, answer in pairs) for letter in letters} | {"none": sum(answer is None for _, answer in pairs)}
         metrics["confusion"] = confusion(*zip(*pairs))
+    too_long = sum(is_too_long(record) for record in records)
+    if too_long:
+        metrics["too_long"] = too_long
     metrics |= completion_metrics(records, any(gold)) | letter_metrics(records) | control_metrics(records)
     return metrics
+
+
+def is_too_long(record):
+    """True if the prompt fills the model's context, so that no answer could be given; it counts as wrong."""
+    if "completions" in record:
+        return record["completions"][0]["finish_reason"] == "prompt too long"
+    return not record["no_reasoning"]["logprobs"]
 
 
 def completion_metrics(records, readable):
