@@ -79,8 +79,8 @@ def main(config):
         answers.close(records)
         metrics = summarize(records, task.random_accuracy)
         summary = {"stage": config.source, "model_tag": meta["model_tag"], "step": meta["step"], "task": task.name, "split": task.split,
-                   "n": len(records), "metrics": metrics, "verdict": verdict(metrics), "settings": {**asdict(settings), "mode": settings.mode or task.eval_type},
-                   "time": time.time(), "seconds": time.time() - started, "samples": samples(records)}
+                   "n": len(records), "metrics": metrics, "verdict": verdict(metrics), "time": time.time(), "seconds": time.time() - started,
+                   "settings": {**asdict(settings), "mode": settings.mode or task.eval_type}, "samples": samples(records)}
         if compute.is_master:
             write_atomic(base_dir() / "eval" / f"{name}.json", json.dumps(summary, indent=1, ensure_ascii=False))
         print0(f"{task.name} {task.split}: {len(records)} problems in {summary['seconds']:.0f} s")
@@ -127,7 +127,8 @@ def load_task(name, split, config):
         raise ValueError(f"{name} {split} has 0 problems: check --max-problems={config.max_problems}")
     reference = message_text(task[0]["messages"][-1])   # before hours of writing: can this task be judged here at all?
     if not task.is_correct(task[0], reference) or task.is_correct(task[0], ""):
-        raise ValueError(f"{name} {split} does not accept its own reference answer to problem 0, or accepts an empty one ({reference[-80:]!r}): mend its data")
+        raise ValueError(f"{name} {split} does not accept its own reference answer to problem 0, or accepts an empty one "
+                         f"({reference[-80:]!r}): mend its data")
     return task
 
 
@@ -202,7 +203,8 @@ def find_answers(name):
         if answers.is_file():
             return answers
     there = sorted(path.name.removesuffix("_answers.jsonl") for path in (base_dir() / "eval").glob("*_answers.jsonl"))
-    raise ValueError(f"{name} is neither a file of answers nor one of the {len(there)} evaluations under {base_dir() / 'eval'}: {', '.join(there) or 'none'}")
+    raise ValueError(f"{name} is neither a file of answers nor one of the {len(there)} evaluations under {base_dir() / 'eval'}: "
+                     f"{', '.join(there) or 'run chat_eval first'}")
 
 
 def compare_files(path_a, path_b):
@@ -227,7 +229,8 @@ def samples(records):
     """The first problems in the form that the report shows."""
     shown = []
     for record in records[:MAX_SAMPLES]:
-        said = record["completions"][0] if "completions" in record else {"text": f"Answer: {record['no_reasoning']['answer']}", **record["no_reasoning"]}
+        read = record.get("no_reasoning", {})
+        said = record["completions"][0] if "completions" in record else {"text": f"Answer: {read['answer']}", **read}
         shown.append({"question": record["prompt"], "completion": said["text"], "gold": record["gold"], "predicted": said["answer"],
                       "correct": said.get("correct", said["answer"] == record["gold"])})
     return shown
@@ -246,11 +249,15 @@ COLUMNS = ("task", "n", "accuracy", "95 % interval", "best constant", "random", 
 
 def row(summary):
     metrics, constant = summary["metrics"], summary["metrics"]["best_constant"]
-    last = {name: next(reversed(metrics.get(name, {}).items()), None) for name in ("pass@k", "maj@k")}
-    return (f"{summary['task']} {summary['split']}", str(summary["n"]), percent(metrics["accuracy"]), f"{100 * metrics['ci_low']:.1f} – {100 * metrics['ci_high']:.1f}",
-            f"{constant['letter']} {percent(constant['share'])}" if constant else "-", percent(metrics["random_accuracy"]),
-            "-" if metrics["no_reasoning"] is None else percent(metrics["no_reasoning"]), "-" if metrics["parse_failures"] is None else percent(metrics["parse_failures"]),
-            "-" if metrics["mean_tokens"] is None else f"{metrics['mean_tokens']:.0f}", *(f"{found[0]}: {percent(found[1])}" if found else "-" for found in last.values()))
+    largest = [next(reversed(metrics.get(name, {}).items()), None) for name in ("pass@k", "maj@k")]
+
+    def known(value):
+        return "-" if value is None else percent(value)
+
+    return (f"{summary['task']} {summary['split']}", str(summary["n"]), percent(metrics["accuracy"]),
+            f"{100 * metrics['ci_low']:.1f} – {100 * metrics['ci_high']:.1f}", f"{constant['letter']} {percent(constant['share'])}" if constant else "-",
+            percent(metrics["random_accuracy"]), known(metrics["no_reasoning"]), known(metrics["parse_failures"]),
+            "-" if metrics["mean_tokens"] is None else f"{metrics['mean_tokens']:.0f}", *(f"{k[0]}: {percent(k[1])}" if k else "-" for k in largest))
 
 
 def details(summary):
@@ -269,8 +276,9 @@ def details(summary):
         lines.append(f"letter read after its own reasoning {percent(metrics['after_reasoning'])}, before it {percent(metrics['no_reasoning'])}")
     if "question_blind" in metrics:
         blind = metrics["question_blind"]
-        lines.append(f"options without the question {percent(blind['accuracy'])} [{percent(blind['ci_low'])}, {percent(blind['ci_high'])}]; by shift of the options "
-                     + ", ".join(map(percent, metrics["shift_accuracy"])) + f"; two orders choose the same option in {percent(metrics['shift_agreement'])} of cases")
+        lines.append(f"options without the question {percent(blind['accuracy'])} [{percent(blind['ci_low'])}, {percent(blind['ci_high'])}]; "
+                     f"by shift of the options {', '.join(map(percent, metrics['shift_accuracy']))}; "
+                     f"two orders choose the same option in {percent(metrics['shift_agreement'])} of cases")
     return lines
 
 

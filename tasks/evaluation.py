@@ -31,7 +31,8 @@ class Settings:
         if self.mode not in ("", "generative", "categorical"):
             raise ValueError(f"mode={self.mode!r} is not generative or categorical: leave it empty for the task's own")
         if self.num_samples < 1 or self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError(f"num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens} must be at least 1, temperature={self.temperature} at least 0")
+            raise ValueError(f"num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens} must be at least 1, "
+                             f"temperature={self.temperature} at least 0: raise what is too small")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"num_samples={self.num_samples} at temperature 0 are {self.num_samples} equal answers: set a temperature, or num_samples=1")
 
@@ -200,7 +201,7 @@ def answer_tokens(tokenizer, letters):
     for letter, ids in encoded.items():
         if ids[:-1] != forced or list(encoded.values()).count(ids) > 1:
             raise ValueError(f"'Answer: {letter}' is {len(ids)} tokens that differ from those of the other {len(encoded) - 1} letters in more than the last, "
-                             "so the letters cannot be compared by one probability: train the tokenizer on text that holds the letters")
+                             f"so the letters cannot be compared by one probability: train the tokenizer with more than its {tokenizer.vocab_size} tokens")
     return forced, {letter: ids[-1] for letter, ids in encoded.items()}
 
 

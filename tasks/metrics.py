@@ -8,6 +8,7 @@
 Only index, prompt and gold are always there. The statistics themselves are in tasks/statistics.py.
 """
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -44,7 +45,8 @@ def summarize(records, random_accuracy=0.0):
         letters = sorted(set().union(*(record["letters"] for record in records)))
         pairs = [(record["gold"], answer) for record in records for answer in answers_of(record)]
         metrics["letters_gold"] = {letter: gold.count(letter) for letter in letters}
-        metrics["letters_pred"] = {letter: sum(answer == letter for _, answer in pairs) for letter in letters} | {"none": sum(answer is None for _, answer in pairs)}
+        given = Counter(answer or "none" for _, answer in pairs)
+        metrics["letters_pred"] = {letter: given[letter] for letter in [*letters, "none"]}
         metrics["confusion"] = confusion(*zip(*pairs))
     too_long = sum(is_too_long(record) for record in records)
     if too_long:
