@@ -128,9 +128,11 @@ class Tokenizer:
         after = [] if append is None else [self.to_id(append)]
         if isinstance(text, str):
             return before + self.encode_ordinary([text], 1)[0] + after
-        wrong = next((item for item in text if not isinstance(item, str)), None)
-        if wrong is not None:
-            raise ValueError(f"encode got a list with a {type(wrong).__name__} among its {len(text)} items: give str, or a list of str")
+        if not isinstance(text, (list, tuple)):
+            raise ValueError(f"encode got a {type(text).__name__}: give str, or a list of str")
+        wrong = next((item for item in text if not isinstance(item, str)), "")
+        if not isinstance(wrong, str):
+            raise ValueError(f"encode got a {type(wrong).__name__} among {len(text)} items: give str, or a list of str")
         if num_threads < 1:
             raise ValueError(f"num_threads={num_threads} threads cannot encode: give 1 or more")
         rows = self.encode_ordinary(list(text), num_threads)

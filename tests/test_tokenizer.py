@@ -78,7 +78,7 @@ def test_torn_characters_are_shown_as_replacements(tokenizer):
 
 def test_wrong_arguments_are_refused(tokenizer):
     for call, message in ((lambda: tokenizer.encode("x", prepend="<|eos|>"), "not one of the 9"), (lambda: tokenizer.encode("x", append=400), "id 400"),
-                          (lambda: tokenizer.decode([-1]), "id -1"), (lambda: tokenizer.encode(["x", 3]), "a list with a int"),
+                          (lambda: tokenizer.decode([-1]), "id -1"), (lambda: tokenizer.encode(["x", None]), "a NoneType among 2"), (lambda: tokenizer.encode(b"x"), "encode got a bytes"),
                           (lambda: tokenizer.encode(["x"], num_threads=0), "num_threads=0"), (lambda: Tokenizer.train(CORPUS, 264), "vocab_size=264"),
                           (lambda: Tokenizer(tokenizer.tokens, tokenizer.pattern, ["<|bos|>"]), "are not the 9")):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::count::{fold, WordCounts};
+use crate::count::WordCounts;
+use crate::table::PairTable;
 
 pub type Pair = (u32, u32);
 
@@ -283,63 +284,6 @@ impl Neighbours {
         }
         for token in self.seen.drain(..) {
             self.by_token[token as usize] = Neighbour { weight: 0, size: 0, free: UNPLACED };
-        }
-    }
-}
-
-/// Pairs of tokens -> a number each, by open addressing with linear probing.
-pub struct PairTable {
-    slots: Vec<(u32, u32, u32)>, // left, right, value; left BORDER = empty
-    used: usize,
-}
-
-impl PairTable {
-    pub fn with_capacity(pairs: usize) -> Self {
-        PairTable { slots: vec![(BORDER, 0, 0); (pairs * 2).next_power_of_two()], used: 0 }
-    }
-
-    #[inline(always)]
-    fn find(&self, pair: Pair) -> usize {
-        let last = self.slots.len() - 1;
-        let mut at = fold(pair.0 as u64, pair.1 as u64) as usize & last;
-        loop {
-            let slot = &self.slots[at];
-            if (slot.0 == pair.0 && slot.1 == pair.1) || slot.0 == BORDER {
-                return at;
-            }
-            at = (at + 1) & last;
-        }
-    }
-
-    #[inline(always)]
-    pub fn get(&self, pair: Pair) -> Option<u32> {
-        let slot = &self.slots[self.find(pair)];
-        (slot.0 != BORDER).then_some(slot.2)
-    }
-
-    /// The number of the pair, which becomes `value` if the pair is new.
-    #[inline(always)]
-    pub fn get_or_insert(&mut self, pair: Pair, value: u32) -> u32 {
-        let mut at = self.find(pair);
-        if self.slots[at].0 == BORDER {
-            if self.used * 4 >= self.slots.len() * 3 {
-                self.grow();
-                at = self.find(pair);
-            }
-            self.used += 1;
-            self.slots[at] = (pair.0, pair.1, value);
-        }
-        self.slots[at].2
-    }
-
-    #[cold]
-    fn grow(&mut self) {
-        let doubled = vec![(BORDER, 0, 0); self.slots.len() * 2];
-        for slot in std::mem::replace(&mut self.slots, doubled) {
-            if slot.0 != BORDER {
-                let at = self.find((slot.0, slot.1));
-                self.slots[at] = slot;
-            }
         }
     }
 }

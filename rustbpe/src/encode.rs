@@ -4,9 +4,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Mutex;
 
-use crate::bpe::PairTable;
-use crate::count::{hash_short, short_bytes, short_key, LongMap, ShortTable, SHORT};
 use crate::split::Splitter;
+use crate::table::{hash_short, short_bytes, short_key, LongMap, PairTable, ShortTable, SHORT};
 
 const NONE: u32 = u32::MAX;
 const CACHED_IDS: usize = 4; // pieces of more tokens are rare, and merged anew each time
@@ -32,7 +31,7 @@ impl Encoder {
         let mut encoder = Encoder {
             splitter,
             bytes: [NONE; 256],
-            short: ShortTable::new(),
+            short: ShortTable::default(),
             long: LongMap::default(),
             unions: PairTable::with_capacity(4 * tokens.len()),
             caches: Mutex::new(Vec::new()),

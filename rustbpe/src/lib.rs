@@ -4,6 +4,7 @@ pub mod bpe;
 pub mod count;
 pub mod encode;
 pub mod split;
+pub mod table;
 
 #[cfg(feature = "python")]
 mod python {
@@ -22,14 +23,16 @@ mod python {
     use crate::split::{family_pattern, Splitter, DEFAULT_DIGITS};
 
     const BATCH_BYTES: usize = 1 << 20;
+    const MAX_THREADS: usize = 8;
     const MAX_VOCAB_SIZE: usize = 1 << 30;
 
     fn value_error(message: String) -> PyErr {
         PyValueError::new_err(message)
     }
 
+    /// One thread per core, 8 at most: a Python iterator feeds no more, and each keeps counts of its own.
     fn available_threads() -> usize {
-        std::thread::available_parallelism().map_or(1, |threads| threads.get())
+        std::thread::available_parallelism().map_or(1, |threads| threads.get().min(MAX_THREADS))
     }
 
     /// A byte-level BPE vocabulary with its split pattern: trained here, or made of known ranks.
@@ -69,7 +72,7 @@ mod python {
         }
 
         /// Trains on an iterable of str until there are `vocab_size` tokens, 256 of them single bytes, or nothing is left to merge.
-        /// At most `buffer_size` texts or 1 MB are collected before they are counted by `num_threads` threads (0 = one per core).
+        /// At most `buffer_size` texts or 1 MB are collected before they are counted by `num_threads` threads (0 = one per core, 8 at most).
         /// The merges do not depend on the threads. Ties go to the pair with the smaller left id, then the smaller right id.
         #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, num_threads=0))]
         fn train_from_iterator(
@@ -143,7 +146,7 @@ mod python {
             self.to_list(py, &ids)
         }
 
-        /// [str] -> the ids of each, in the same order, by `num_threads` threads (0 = one per core).
+        /// [str] -> the ids of each, in the same order, by `num_threads` threads (0 = one per core, 8 at most).
         #[pyo3(signature = (texts, num_threads=1))]
         fn encode_batch<'py>(&self, py: Python<'py>, texts: Vec<PyBackedStr>, num_threads: usize) -> PyResult<Bound<'py, PyList>> {
             let encoder = self.encoder(py)?;

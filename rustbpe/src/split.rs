@@ -256,7 +256,8 @@ mod tests {
 
     #[test]
     fn the_state_machine_cuts_as_fancy_regex_does() {
-        let alphabet: Vec<char> = "aZsSlLvVeErRdmtſK'’ \u{a0}\u{85}\u{3000}\u{2028}\t\r\n\u{b}0٣½²Ⅷ.,!-_é漢字े́\u{200d}😀\u{0}\u{1c}".chars().collect();
+        let alphabet: Vec<char> =
+            "aZsSlLvVeErRdmtſK'’ \u{a0}\u{85}\u{3000}\u{2028}\t\r\n\u{b}0٣½²Ⅷ.,!-_é漢字े́\u{200d}😀\u{0}\u{1c}".chars().collect();
         let mut state = 12345u64;
         let mut random = |below: usize| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
