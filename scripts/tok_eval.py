@@ -50,7 +50,8 @@ def main(config):
     print0(table)
     for note in notes:
         print0(note)
-    add_section("tok_eval", "\n".join(["Bytes per token: more is better, and a larger vocabulary makes it easier. In brackets: how much more one of our tokens holds.", "", table, "", *notes]).rstrip(),
+    legend = "Bytes per token: more is better, and a larger vocabulary makes it easier. In brackets: how much more one of our tokens holds."
+    add_section("tok_eval", "\n".join([legend, "", table, "", *notes]).rstrip(),
                 {"config": config_dict(config), "vocab_size": tokenizer.vocab_size, "rows": rows, "absent": absent})
 
 
