@@ -73,6 +73,15 @@ def rotate(x, cos, sin):
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
+def document_mask(documents):
+    """(B, T) document numbers -> (B, T, T) True where a query may look: back, and within its own document. None stays None."""
+    if documents is None:
+        return None
+    T = documents.size(1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    return causal & (documents[:, :, None] == documents[:, None, :])
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -83,13 +92,13 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cos, sin, kv_cache):
+    def forward(self, x, cos, sin, kv_cache, mask):
         B, T, C = x.size()
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        y = attend(q, k, v, causal=True) if kv_cache is None else kv_cache.attend(self.layer, q, k, v)
+        y = attend(q, k, v, mask, causal=mask is None) if kv_cache is None else kv_cache.attend(self.layer, q, k, v)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -109,8 +118,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, kv_cache):
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x, cos, sin, kv_cache, mask):
+        x = x + self.attn(norm(x), cos, sin, kv_cache, mask)
         return x + self.mlp(norm(x))
 
 
@@ -157,14 +166,15 @@ class GPT(nn.Module):
         self.compiled = True
         self.fused_blocks = torch.compile(self.run_blocks, dynamic=False)
 
-    def run_blocks(self, x, cos, sin, kv_cache=None):
+    def run_blocks(self, x, cos, sin, kv_cache=None, mask=None):
         x = norm(x)
         for block in self.transformer.h:
-            x = block(x, cos, sin, kv_cache)
+            x = block(x, cos, sin, kv_cache, mask)
         return norm(x)
 
-    def hidden(self, inputs, kv_cache=None):
-        """(B, T) ids -> (B, T, C) after the last norm. With a cache, the ids continue what the cache holds."""
+    def hidden(self, inputs, kv_cache=None, documents=None):
+        """(B, T) ids -> (B, T, C) after the last norm. With a cache, the ids continue what the cache holds. With `documents`,
+        (B, T) numbers, a position looks only at positions of its own number (rotary positions are relative: they need no reset)."""
         B, T = inputs.size()
         if kv_cache is None:
             if T > self.config.sequence_len:
@@ -176,7 +186,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(inputs).to(self.compute_dtype)
         cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
         if kv_cache is None:
-            return (self.fused_blocks if self.compiled else self.run_blocks)(x, cos, sin)
+            return (self.fused_blocks if self.compiled else self.run_blocks)(x, cos, sin, None, document_mask(documents))
         x = self.run_blocks(x, cos, sin, kv_cache)
         kv_cache.advance(T)
         return x
@@ -185,10 +195,10 @@ class GPT(nn.Module):
         """(..., C) -> (..., V) float32 in (-15, 15)."""
         return capped(self.lm_head(hidden))
 
-    def forward(self, inputs, targets=None, kv_cache=None, loss_reduction="mean"):
+    def forward(self, inputs, targets=None, kv_cache=None, loss_reduction="mean", documents=None):
         """(B, T) ids -> logits (B, T, V), or, given targets (B, T) with -1 = ignored, the cross-entropy in nats:
         "mean" or "sum" over the targets, or "none" (B, T) with 0 where ignored. No logits are made for ignored positions."""
-        hidden = self.hidden(inputs, kv_cache)
+        hidden = self.hidden(inputs, kv_cache, documents)
         if targets is None:
             return self.logits(hidden)
         if loss_reduction == "none":

@@ -155,3 +155,11 @@ GOLDEN_LOSS, GOLDEN_NORM = 4.7435, 0.9638
 def test_too_long_an_input_names_both_lengths():
     with pytest.raises(ValueError, match="33 tokens do not fit sequence_len=32"):
         noisy_model()(ids(1, 33))
+
+
+def test_documents_packed_into_a_row_do_not_see_each_other():
+    model, first, second = noisy_model(), ids(1, 7), ids(1, 9, seed=8)
+    documents = torch.tensor([[1] * 7 + [2] * 9])
+    packed = model.hidden(torch.cat((first, second), dim=1), documents=documents)
+    torch.testing.assert_close(packed[:, :7], model.hidden(first), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[:, 7:], model.hidden(second), rtol=1e-5, atol=1e-5)
