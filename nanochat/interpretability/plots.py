@@ -1,0 +1,166 @@
+"""Pictures of what was captured, as PNG files: attention per layer, numbers per head, the logit lens. No display is needed.
+
+`write_treescope` renders arrays and modules as one interactive HTML file, where the optional package treescope is installed.
+"""
+import io
+from pathlib import Path
+
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from nanochat.common import write_atomic
+from nanochat.interpretability.attention_metrics import prompt_spans
+from nanochat.interpretability.capture import Capture
+
+CELL = 0.125                                  # inches per token: the smallest at which its label can be read
+DPI = 110
+INK, FAINT = "#1c2733", "#8a94a0"
+SPAN_COLORS = {"question": "#1f5fa8", "options": "#b3541e", "completion": INK, "other": FAINT}
+
+
+@torch.no_grad()
+def save_attention_pictures(model, tokenizer, sequence, prompt_length, folder, layers=None, max_queries=32, max_keys=160):
+    """One sequence (prompt and completion) -> one PNG per layer with a panel per head, `attention_layer_N.png`: a row for each of the
+    last `max_queries` predictions of the completion, a column for every token it could look at. -> their paths."""
+    inputs = torch.tensor([sequence], device=model.device)
+    with Capture(model, layers) as seen:
+        model.hidden(inputs)
+    T = len(sequence)
+    first_query = max(prompt_length - 1, T - 1 - max_queries)
+    keys = list(range(T - 1)) if T - 1 <= max_keys else [0, *range(T - max_keys, T - 1)]
+    labels = token_labels(tokenizer, sequence)
+    spans = prompt_spans(tokenizer, sequence)
+    kinds = ["completion" if t >= prompt_length else "question" if spans["question"][t] else "options" if spans["options"][t] else "other" for t in keys]
+    left_out = f", {T - 1 - len(keys)} tokens left out after the first" if len(keys) < T - 1 else ""
+    paths = []
+    for layer in seen.layers:
+        weights = seen.attention(layer, first_query)[0, :, :T - 1 - first_query][:, :, keys]  # (H, Q, keys)
+        path = Path(folder) / f"attention_layer_{layer}.png"
+        plot_attention(weights, [f"{labels[t]}→{labels[t + 1]}" for t in range(first_query, T - 1)], [labels[t] for t in keys], path,
+                       f"Layer {layer}: where each head looks (row: token read → token predicted){left_out}", kinds)
+        paths.append(path)
+    return paths
+
+
+def plot_attention(weights, query_labels, key_labels, path, title, key_kinds=None):
+    """weights (H, Q, K) -> a PNG with one heatmap per head. `key_kinds` colours the labels of the keys (see SPAN_COLORS)."""
+    H, Q, K = weights.shape
+    columns = 1 if K > 64 else 2 if H > 1 else 1
+    rows = -(-H // columns)
+    margin = 0.5 + 0.06 * max(map(len, query_labels))
+    width, height = columns * (K * CELL + margin) + 0.9, rows * (Q * CELL + 0.35) + 1.6
+    figure = Figure(figsize=(max(width, 7), height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for place, ax in enumerate(axes.flat):
+        if place >= H:
+            ax.axis("off")
+            continue
+        image = ax.imshow(weights[place].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
+        ax.set_title(f"head {place}", fontsize=8, color=INK, loc="left", pad=3)
+        ax.set_yticks(range(Q), query_labels, fontsize=6)
+        ax.set_xticks(range(K), key_labels, fontsize=6, rotation=90)
+        ax.tick_params(length=0, pad=1, labelbottom=place + columns >= H)
+        for label, kind in zip(ax.get_xticklabels(), key_kinds or ()):
+            label.set_color(SPAN_COLORS[kind])
+        ax.set_xticks([k - 0.5 for k in range(1, K)], minor=True)
+        ax.set_yticks([q - 0.5 for q in range(1, Q)], minor=True)
+        ax.grid(which="minor", color="#eef0f4", linewidth=0.4)
+        ax.tick_params(which="minor", length=0)
+        for spine in ax.spines.values():
+            spine.set_color("#c9cdd6")
+    bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, aspect=40, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    bar.set_label("attention weight (square-root colour scale)", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left")
+    if key_kinds:
+        figure.supxlabel("keys: question blue, options orange, completion black, markers and instruction grey", fontsize=7, color=FAINT)
+    save(figure, path)
+
+
+def plot_heads(table, path, layers=None):
+    """measure_attention's {name: (L, H)} -> a PNG with one small table of numbers per metric."""
+    names = [name for name in table if not name.startswith("uniform_")]
+    L, H = table[names[0]].shape
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(columns * max(1.9, 0.42 * H + 0.9), rows * (0.24 * L + 0.95)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[len(names):]:
+        ax.axis("off")
+    for ax, name in zip(axes.flat, names):
+        values = table[name].numpy()
+        uniform = table.get(f"uniform_{name}")
+        ax.imshow(values, cmap="Blues", aspect="auto", vmin=min(0.0, values.min().item()))
+        for layer in range(L):
+            for head in range(H):
+                dark = values[layer, head] > 0.6 * values.max()
+                ax.text(head, layer, f"{values[layer, head]:.2f}" if values.max() < 10 else f"{values[layer, head]:.0f}", ha="center", va="center",
+                        fontsize=6, color="white" if dark else INK)
+        beside = "" if uniform is None else f" (uniform: {uniform.mean():.2f})"
+        ax.set_title(f"{name}{beside}", fontsize=8, color=INK, loc="left")
+        ax.set_xticks(range(H), range(H), fontsize=6)
+        ax.set_yticks(range(L), layers or range(L), fontsize=6)
+        ax.set_xlabel("head", fontsize=6, color=FAINT)
+        ax.set_ylabel("layer", fontsize=6, color=FAINT)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    save(figure, path)
+
+
+def plot_lens(lens, path):
+    """A Lens -> a PNG: how the right letter's probability grows over the depth, and where it begins to lead."""
+    depths = range(lens.probs.size(1))
+    N = len(lens.answers)
+    right = torch.tensor([lens.letters.index(answer) for answer in lens.answers])
+    of_right = lens.probs[torch.arange(N), :, right].numpy()  # (N, L + 1)
+    is_best = (lens.probs.argmax(dim=-1) == right[:, None]).double().mean(dim=0).numpy()
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, middle, last = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    for row in of_right[:64]:
+        left.plot(depths, row, color=FAINT, alpha=0.25, linewidth=0.7)
+    left.plot(depths, of_right.mean(axis=0), color=SPAN_COLORS["question"], linewidth=2)
+    left.axhline(1 / len(lens.letters), color=SPAN_COLORS["options"], linewidth=0.8, linestyle="--")
+    left.set_title("p(right letter), each point and the mean", fontsize=8, loc="left", color=INK)
+    middle.plot(depths, is_best, color=SPAN_COLORS["question"], linewidth=2, marker="o", markersize=3, label="right letter is the best letter")
+    middle.plot(depths, lens.mass.mean(dim=0).numpy(), color=SPAN_COLORS["options"], linewidth=1.2, label="letters' share of the vocabulary")
+    middle.legend(fontsize=6, frameon=False)
+    middle.set_title("share of points", fontsize=8, loc="left", color=INK)
+    counts = [int((lens.appears == depth).sum()) for depth in depths]
+    last.bar(depths, counts, color=SPAN_COLORS["question"], width=0.7)
+    last.set_title(f"appears at (never: {int((lens.appears < 0).sum())} of {N})", fontsize=8, loc="left", color=INK)
+    for ax in (left, middle):
+        ax.set_ylim(-0.02, 1.02)
+    for ax in (left, middle, last):
+        ax.set_xlabel("blocks passed", fontsize=7, color=FAINT)
+        ax.tick_params(labelsize=6)
+        ax.set_xticks(list(depths)[::max(1, len(depths) // 10)])
+        ax.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def token_labels(tokenizer, ids):
+    """Ids -> short texts for an axis: blanks and line ends visible, special tokens by name, `$` harmless to matplotlib."""
+    special = {tokenizer.encode_special(name): name[2:-2] for name in tokenizer.special_tokens}
+    labels = []
+    for token in ids:
+        text = special.get(token) or tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+        text = "".join(letter if letter.isprintable() else "?" for letter in text)
+        labels.append((text if len(text) <= 12 else f"{text[:11]}…").replace("$", r"\$"))
+    return labels
+
+
+def save(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_treescope(value, path):
+    """A tensor, a module, or a dict of them -> one self-contained HTML file to click through (treescope, Google DeepMind)."""
+    try:
+        import treescope
+    except ImportError as error:
+        raise ValueError(f"treescope is not installed, so {path} cannot be written: pip install treescope, or use the PNG pictures") from error
+    with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+        write_atomic(path, treescope.render_to_html(value))
