@@ -6,7 +6,7 @@
 
 A line of the output is {"messages": [...], "provenance": {task, index, sample, reward, seed, checkpoint, temperature, tokens}}. Beside it
 stay the right answers of all problems, one file per rank: an interrupted run goes on there, and a run that only keeps by other
-rules (dedupe, max_per_prompt, max_tokens, shortest_k) samples nothing again. Delete the .part files to free the room.
+rules (dedupe, max_per_prompt, max_tokens, min_right, shortest_k) samples nothing again. Delete the .part files to free the room.
 """
 import hashlib
 import json
@@ -55,6 +55,7 @@ class Config:
     dedupe: bool = True                 # drop answers to the same question that differ in case and blanks alone
     max_per_prompt: int = 4             # answers kept per problem (-1 = all)
     max_tokens: int = -1                # longest answer kept, in tokens (-1 = any that ended by itself)
+    min_right: int = 1                  # leave out problems with fewer right samples: with five options every fifth guess is right
     shortest_k: int = -1                # of each problem's right answers keep the shortest ones only (-1 = off)
 
 
@@ -111,6 +112,7 @@ def check(config):
     for name, valid, wanted in (("num_samples", config.num_samples >= 1, "1 or more"), ("temperature", config.temperature > 0 or config.num_samples == 1,
                                 "above 0, or num_samples=1: at 0 all samples are the same"),
                                 ("problems_per_chunk", config.problems_per_chunk >= 1, "1 or more"),
+                                ("min_right", 1 <= config.min_right <= config.num_samples, f"1 to num_samples={config.num_samples}"),
                                 *((name, getattr(config, name) == -1 or getattr(config, name) >= 1, "1 or more, or -1 for no limit")
                                   for name in ("max_problems", "max_per_prompt", "max_tokens", "shortest_k"))):
         if not valid:
@@ -274,12 +276,15 @@ def sampling_key(name, task, config, meta):
 def select(records, config):
     """Records in the order of the problems -> (rows to train on, Counter of samples dropped by reason). A pure function.
 
-    Each right answer is kept or counted under the first rule that drops it: too long, duplicate, shortest, cap."""
+    Each right answer is kept or counted under the first rule that drops it: luck, length, duplicate, shortest, cap."""
     rows, dropped, seen = [], Counter(), set()
     for record in records:
         dropped.update(record["dropped"])
-        kept = []
-        for answer in record["right"]:
+        kept, trusted = [], record["right"]
+        if len(trusted) < config.min_right:
+            dropped["of problems with too few right ones"] += len(trusted)
+            trusted = []
+        for answer in trusted:
             text = normalized([*record["prompt"], {"content": answer["content"]}])
             if config.max_tokens != -1 and answer["tokens"] > config.max_tokens:
                 dropped["longer than max_tokens"] += 1

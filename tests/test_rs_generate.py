@@ -186,6 +186,7 @@ def test_caps_on_length_and_number_and_the_shortest():
     assert kept(records, max_per_prompt=2) == (["a", "b"], {"wrong": 4, "over max_per_prompt": 2})
     assert kept(records, max_tokens=5) == (["b", "c", "d"], {"wrong": 4, "longer than max_tokens": 1})
     assert kept(records, shortest_k=3) == (["b", "d", "c"], {"wrong": 4, "not among the shortest": 1})
+    assert kept(records, min_right=4)[0] == ["a", "b", "c", "d"] and kept(records, min_right=5) == ([], {"wrong": 4, "of problems with too few right ones": 4})
     assert kept(records, shortest_k=3, max_per_prompt=1) == (["b"], {"wrong": 4, "not among the shortest": 1, "over max_per_prompt": 2})
 
 
@@ -238,7 +239,7 @@ def test_what_would_not_read_as_it_was_sampled_is_no_answer(world, monkeypatch):
 
 @pytest.mark.parametrize("changes, message", [
     ({"split": "test"}, "held out"), ({"split": "validation"}, "held out"), ({"task": "JsonlChat"}, "no split"), ({"task": "SmolTalk2"}, "there is no task"),
-    ({"num_samples": 0}, "num_samples=0"), ({"temperature": 0.0}, "all samples are the same"), ({"max_per_prompt": 0}, "max_per_prompt=0"),
+    ({"num_samples": 0}, "num_samples=0"), ({"temperature": 0.0}, "all samples are the same"), ({"max_per_prompt": 0}, "max_per_prompt=0"), ({"min_right": 9}, "1 to num_samples=8"),
     ({"task": "HumanEval"}, "has no split 'train'"),
 ])
 def test_what_cannot_become_training_data_is_refused_before_any_work(generate, monkeypatch, changes, message):
