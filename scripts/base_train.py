@@ -45,6 +45,7 @@ class Config:
     # Batch
     device_batch_size: int = 32         # sequences per rank per forward pass; lower it if memory runs out
     total_batch_size: int = 524288      # tokens per optimizer step over all ranks
+    mask_documents: bool = False        # hide the documents packed into a row from each other, at the price of the Flash kernel
     # Optimizer
     embedding_lr: float = 0.2           # AdamW learning rate of the embedding, at width 768
     unembedding_lr: float = 0.004       # AdamW learning rate of the head, at width 768
@@ -96,11 +97,15 @@ def main(config):
     token_bytes = tokenizer.token_bytes()
     val_bpb = None
 
+    def losses(inputs, targets, loss_reduction):
+        documents = (inputs == tokenizer.bos_id).cumsum(dim=1) if config.mask_documents else None
+        return model(inputs, targets, loss_reduction=loss_reduction, documents=documents)
+
     for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
         state.step = step
         if every(config.eval_every, step, num_steps):
             val_batches = pretraining_loader(*sizes, list_shards("val"))
-            val = evaluate_bpb(model, take(val_batches, eval_batches), token_bytes, compute)
+            val = evaluate_bpb(losses, take(val_batches, eval_batches), token_bytes, compute)
             val_batches.close()
             val_bpb = val["bpb"]
             logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"]})
@@ -112,8 +117,7 @@ def main(config):
             break
         throughput.start()
         lr_mult = warmup_warmdown(step, num_steps, config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac)
-        loss, tokens = accumulate(lambda batch: model(batch.inputs, batch.targets, loss_reduction="sum"),
-                                  take(train_batches, micro_batches), compute)
+        loss, tokens = accumulate(lambda batch: losses(batch.inputs, batch.targets, "sum"), take(train_batches, micro_batches), compute)
         grad_norm = optimizer_step(optimizer, loss, step, lr_mult, config.grad_clip, muon_momentum(step))
         speed, seconds = throughput.tick(tokens)
         state.tokens += tokens

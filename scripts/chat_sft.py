@@ -101,10 +101,8 @@ def main(config):
     for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
         state.step = step
         if every(config.eval_every, step, num_steps):
-            val_batches = loader(val_task, tokenizer, config, compute)
-            one_pass = -(-len(val_task) // examples_per_pass)
-            val = evaluate_bpb(model, take(val_batches, min(config.eval_steps, one_pass)), token_bytes, compute)
-            val_batches.close()
+            with loader(val_task, tokenizer, config, compute, num_epochs=1, max_batches=config.eval_steps) as val_batches:
+                val = evaluate_bpb(model, val_batches, token_bytes, compute)
             metrics.update({"val/bpb": val["bpb"], "val/loss": val["loss"]})
             logger.log(step, {"val/bpb": val["bpb"], "val/loss": val["loss"]})
         if every(config.eval_metrics_every, step, num_steps):
@@ -136,9 +134,9 @@ def main(config):
     compute_cleanup()
 
 
-def loader(task, tokenizer, config, compute, state=None):
+def loader(task, tokenizer, config, compute, state=None, **bounds):
     return PaddedLoader(tokenizer, task, config.device_batch_size, config.max_seq_len, compute.rank, compute.world_size,
-                        compute.device, state=state, seed=config.seed)
+                        compute.device, state=state, seed=config.seed, **bounds)
 
 
 if __name__ == "__main__":

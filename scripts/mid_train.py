@@ -40,6 +40,7 @@ class Config:
     max_seq_len: int | None = None      # context length in tokens
     device_batch_size: int | None = None  # sequences per rank per forward pass
     total_batch_size: int | None = None   # tokens per optimizer step over all ranks
+    mask_documents: bool | None = None    # hide the conversations packed into a row from each other
     # Optimizer
     embedding_lr: float = 0.2           # AdamW learning rate of the embedding, at width 768
     unembedding_lr: float = 0.004       # AdamW learning rate of the head, at width 768
@@ -64,7 +65,7 @@ def main(config):
     # Model and optimizer: the base model's weights, a fresh optimizer
     model, tokenizer, parent = load_model("base", compute, "train", config.model_tag, config.step)
     config = inherit(config, {**parent["config"], "model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]},
-                     "model_tag", "output_tag", "step", "max_seq_len", "device_batch_size", "total_batch_size")
+                     "model_tag", "output_tag", "step", "max_seq_len", "device_batch_size", "total_batch_size", "mask_documents")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     state = start_or_resume("mid", config.output_tag, config, compute, model, optimizer)
     if config.compile:
@@ -88,11 +89,15 @@ def main(config):
     eval_tokens = min(config.eval_tokens, estimate_tokens(val_task, tokenizer, config.max_seq_len))
     val_bpb = None
 
+    def losses(inputs, targets, loss_reduction):
+        documents = (inputs == tokenizer.bos_id).cumsum(dim=1) if config.mask_documents else None
+        return model(inputs, targets, loss_reduction=loss_reduction, documents=documents)
+
     for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
         state.step = step
         if every(config.eval_every, step, num_steps):
             val_batches = loader(val_task, tokenizer, config, compute)
-            val = evaluate_bpb(model, take(val_batches, max(1, eval_tokens // tokens_per_pass)), token_bytes, compute)
+            val = evaluate_bpb(losses, take(val_batches, max(1, eval_tokens // tokens_per_pass)), token_bytes, compute)
             val_batches.close()
             val_bpb = val["bpb"]
             logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"]})
@@ -102,8 +107,7 @@ def main(config):
             break
         throughput.start()
         lr_mult = config.init_lr_frac * warmup_warmdown(step, num_steps, 0.0, config.warmdown_ratio)
-        loss, tokens = accumulate(lambda batch: model(batch.inputs, batch.targets, loss_reduction="sum"),
-                                  take(train_batches, micro_batches), compute)
+        loss, tokens = accumulate(lambda batch: losses(batch.inputs, batch.targets, "sum"), take(train_batches, micro_batches), compute)
         grad_norm = optimizer_step(optimizer, loss, step, lr_mult, config.grad_clip, muon_momentum(step))
         speed, seconds = throughput.tick(tokens)
         state.tokens += tokens

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import base_dir, print0, write_atomic
 from nanochat.configurator import parse
-from tasks.algebra import SIZES, draw_problem, make_problem, split_of
+from tasks.algebra import SIZES, draw_problem, make_problem, prepared, split_of
 from tasks.algebra_kinds import LARGEST, LEVELS, NAMES, THINGS
 from tasks.aqua import INSTRUCTION
 
@@ -156,13 +156,13 @@ def print_summary(folder, files):
 def algebra_rows(split, count, seed):
     """The first problems of a split; held-out ones all differ, so that no question counts twice in an accuracy."""
     if split == "train":
-        return [make_problem(split, index, seed=seed) for index in range(count)]
+        return [prepared(make_problem(split, index, seed=seed)) for index in range(count)]
     rows = {}
     for index in range(20 * count):
         row = make_problem(split, index, seed=seed)
         rows.setdefault(row["question"], row)
         if len(rows) == count:
-            return list(rows.values())
+            return list(map(prepared, rows.values()))
     raise ValueError(f"{split} has only about {len(rows)} different problems, not {count}: ask for fewer --{split}-rows")
 
 
@@ -170,15 +170,16 @@ def algebra_rows(split, count, seed):
 # Pretraining text
 
 def make_documents(num_chars, seed, shard):
-    """Documents of all five kinds, num_chars characters in all (to within one document); the shard's name is part of the seed."""
+    """Documents of all five kinds, num_chars characters in all (to within a few); the shard's name is part of the seed."""
     documents, chars, number = [], 0, 0
-    makers, weights = zip(*((worked_problems, 40), (lookup_lists, 20), (number_facts, 15), (story, 15), (spelling, 10)))
-    # a document has about the same length whatever its kind, so that the weights are shares of the text
+    makers, weights = zip(*((worked_problems, 40), (lookup_lists, 30), (number_facts, 15), (story, 10), (spelling, 5)))
+    # a maker gives about the same number of characters whatever its kind, so that the weights are shares of the text
     while chars < num_chars:
         r = random.Random(f"{seed}|{shard}|{number}")
-        text = r.choices(makers, weights)[0](r)
-        documents.append(text)
-        chars, number = chars + len(text), number + 1
+        made = r.choices(makers, weights)[0](r)
+        made = [made] if isinstance(made, str) else made
+        documents += made
+        chars, number = chars + sum(map(len, made)), number + 1
     return documents
 
 
@@ -201,22 +202,23 @@ WORDS = COLORS + ANIMALS + PLACES + THINGS
 
 
 def lookup_lists(r):
-    """Lists that say which label belongs to what, and questions about them: the answer is always found by looking back."""
-    parts = []
-    for _ in range(r.randint(3, 5)):
-        n = r.randint(3, 6)
-        things = r.sample(WORDS, n) if r.random() < 0.25 else list(map(str, r.sample(range(LARGEST + 1), n)))
+    """Four documents, each a list like a prompt's options and lines of it said again in another order: what follows a thing is
+    found by looking back, which is how a solution ends ("so 82=E"). One list to a document: two would contradict each other."""
+    documents = []
+    for _ in range(4):
+        n = r.choice((3, 4, 5, 5, 5, 6))
+        things = r.sample(WORDS, n) if r.random() < 0.15 else list(map(str, r.sample(range(LARGEST + 1), n)))
         labels = list("ABCDEFGH"[:n])
-        if r.random() < 0.3:
-            r.shuffle(labels)
         lines = [f"- {thing}={label}" for thing, label in zip(things, labels)]
-        asked = r.sample(list(zip(things, labels)), r.randint(1, n))
-        frame = r.choice(("The letter of {thing} is {label}.", "{thing} has the letter {label}.", "Which letter is {thing}? {label}.",
-                          "Look for {thing}. It is {label}.", "{thing}: {label}", "The {label} stands for {thing}."))
-        if r.random() < 0.35:                           # in the words of the AQuA prompt, so that the tokenizer learns them too
-            asked, frame = asked[:1], INSTRUCTION + "\n{thing}\nAnswer: {label}"
-        parts.append("\n".join(lines) + "\n" + r.choice(("\n", " ")).join(frame.format(thing=thing, label=label) for thing, label in asked))
-    return "\n\n".join(parts)
+        asked = r.sample(list(zip(things, labels)), n)
+        if r.random() < 0.3:                            # in the words of the AQuA prompt, so that the tokenizer learns them too
+            thing, label = asked[0]
+            lines += [INSTRUCTION, f"so {thing}={label}", f"Answer: {label}"]
+        else:
+            frame = r.choice(("so {thing}={label}", "{thing}={label}", "It is {thing}={label}"))
+            lines += [frame.format(thing=thing, label=label) for thing, label in asked]
+        documents.append("\n".join(lines))
+    return documents
 
 
 def number_facts(r):

@@ -17,9 +17,10 @@ import random
 import re
 
 from tasks.algebra_kinds import KINDS, LARGEST, LEVELS
-from tasks.aqua import LetterTask, build_conversation, parse_row
+from tasks.aqua import LetterTask, build_conversation
 from tasks.common import balanced, register
 
+RAW_FIELDS = ("question", "options", "rationale", "correct")
 SIZES = {"train": 100_000, "validation": 1_000, "test": 1_000}
 
 
@@ -112,8 +113,17 @@ def make_problem(split, index, level=None, seed=42):
     r.shuffle(values)
     place = balanced(range(5), index, seed, split, "letter")
     values.insert(place, answer)
-    return {"question": question, "options": [f"{letter}){value}" for letter, value in zip("ABCDE", values)], "rationale": rationale,
-            "correct": "ABCDE"[place], "level": level, "kind": kind}
+    letter = "ABCDE"[place]
+    return {"question": question, "options": [f"{name}){value}" for name, value in zip("ABCDE", values)],
+            "rationale": f"{rationale} so {answer}={letter}", "correct": letter, "level": level, "kind": kind}
+
+
+def prepared(row):
+    """A problem as raw row -> with its conversation, in the form that scripts.prepare_aqua writes. Its rationale ends with the
+    line of the right option ("so 82=E"): a model of a million parameters copies what followed the value in the prompt long
+    before it can carry the value over to the letter of the next line (dev/LOG.md)."""
+    choices = [option.split(")", 1)[1] for option in row["options"]]
+    return {**row, **build_conversation(row["question"], choices, row["rationale"], row["correct"])}
 
 
 @register("ALGEBRA", random_accuracy=0.2)
@@ -135,5 +145,4 @@ class Algebra(LetterTask):
 
     def get_example(self, index):
         row = make_problem(self.split, index, balanced(self.levels, index, self.seed, "level"), self.seed)
-        question, choices, rationale, letter, _ = parse_row(row)
-        return {**build_conversation(question, choices, rationale, letter), "level": row["level"], "kind": row["kind"]}
+        return {name: value for name, value in prepared(row).items() if name not in RAW_FIELDS}

@@ -92,7 +92,7 @@ def permuted(conversation, permutation):
     """The conversation with its choices in another order: letter i now stands behind the choice that was at permutation[i].
 
     An int is a cyclic shift: the choice at position i moves to i + shift. The result says in "permutation" what was done, so
-    that an evaluator can tell which choice a letter meant; the rationale is not touched."""
+    that an evaluator can tell which choice a letter meant. In a rationale only a closing option line is changed."""
     letters = conversation["letters"]
     n = len(letters)
     if isinstance(permutation, int):
@@ -106,7 +106,10 @@ def permuted(conversation, permutation):
     messages[user] = {**messages[user], "content": render_choices(before, letters, [choices[i] for i in permutation]) + after}
     answer = message_text(messages[-1])
     assert extract_answer(answer, letters) == conversation["answer_letter"], f"the reference answer ends with {answer[-40:]!r}"
-    messages[-1] = {**messages[-1], "content": answer_parts(answer.rstrip().rpartition("\n")[0], letter)}
+    rationale, line = answer.rstrip().rpartition("\n")[0], f"{choices[letters.index(conversation['answer_letter'])]}="
+    if rationale.endswith(line + conversation["answer_letter"]):  # it ends with the option's line, as the embedded algebra's do
+        rationale = rationale[:-1] + letter
+    messages[-1] = {**messages[-1], "content": answer_parts(rationale, letter)}
     return {**conversation, "messages": messages, "answer_letter": letter, "permutation": list(permutation)}
 
 
