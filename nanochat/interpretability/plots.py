@@ -6,8 +6,10 @@ import io
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nanochat.common import write_atomic
 from nanochat.interpretability.attention_metrics import prompt_spans
@@ -51,12 +53,14 @@ def plot_attention(weights, query_labels, key_labels, path, title, key_kinds=Non
     margin = 0.5 + 0.06 * max(map(len, query_labels))
     width, height = columns * (K * CELL + margin) + 0.9, rows * (Q * CELL + 0.35) + 1.6
     figure = Figure(figsize=(max(width, 7), height), layout="constrained")
+    colors = colormaps["Blues"].with_extremes(bad="#eceef1")  # the future, which no query sees, is grey and not merely pale
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for place, ax in enumerate(axes.flat):
         if place >= H:
             ax.axis("off")
             continue
-        image = ax.imshow(weights[place].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
+        shown = weights[place].float().cpu()
+        image = ax.imshow(shown.masked_fill(shown == 0, float("nan")).numpy(), cmap=colors, norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest")
         ax.set_title(f"head {place}", fontsize=8, color=INK, loc="left", pad=3)
         ax.set_yticks(range(Q), query_labels, fontsize=6)
         ax.set_xticks(range(K), key_labels, fontsize=6, rotation=90)
@@ -91,12 +95,13 @@ def plot_heads(table, path, layers=None):
     for ax, name in zip(axes.flat, names):
         values = table[name].numpy()
         uniform = table.get(f"uniform_{name}")
-        ax.imshow(values, cmap="Blues", aspect="auto", vmin=min(0.0, values.min().item()))
+        low, high = values.min(), values.max()
+        reach = max(high - low, 1e-9)
+        ax.imshow(values, cmap="Blues", aspect="auto", vmin=low - 0.1 * reach, vmax=high + 0.6 * reach)  # never so dark that the number drowns
+        digits = 3 if high < 0.1 else 2 if high < 10 else 0
         for layer in range(L):
             for head in range(H):
-                dark = values[layer, head] > 0.6 * values.max()
-                ax.text(head, layer, f"{values[layer, head]:.2f}" if values.max() < 10 else f"{values[layer, head]:.0f}", ha="center", va="center",
-                        fontsize=6, color="white" if dark else INK)
+                ax.text(head, layer, f"{values[layer, head]:.{digits}f}", ha="center", va="center", fontsize=6.5, color=INK)
         beside = "" if uniform is None else f" (uniform: {uniform.mean():.2f})"
         ax.set_title(f"{name}{beside}", fontsize=8, color=INK, loc="left")
         ax.set_xticks(range(H), range(H), fontsize=6)
@@ -129,6 +134,7 @@ def plot_lens(lens, path):
     counts = [int((lens.appears == depth).sum()) for depth in depths]
     last.bar(depths, counts, color=SPAN_COLORS["question"], width=0.7)
     last.set_title(f"appears at (never: {int((lens.appears < 0).sum())} of {N})", fontsize=8, loc="left", color=INK)
+    last.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     for ax in (left, middle):
         ax.set_ylim(-0.02, 1.02)
     for ax in (left, middle, last):
