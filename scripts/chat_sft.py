@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nanochat.checkpoint_manager import load_model, save_checkpoint, start_or_resume
 from nanochat.common import base_dir, compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, inherit, parse
-from nanochat.data_recipes import SFT, recipe
+from nanochat.data_recipes import SFT, SFT_VALIDATION, chat_recipe, recipe
 from nanochat.dataloader import PaddedLoader
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
@@ -17,7 +17,7 @@ from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay, muon_momentum
 from nanochat.training import Throughput, accumulate, every, optimizer_step, seed_everything, take
-from tasks.common import best_constant, build_mixture, get_task
+from tasks.common import TaskMixture, best_constant, build_mixture
 from tasks.evaluation import quick_accuracy
 
 
@@ -33,10 +33,27 @@ class Config:
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
     compile: bool = True                # fuse with torch.compile
     seed: int = 42                      # seed of the data order
-    recipe: str = "default"             # mixture from nanochat/data_recipes.py
+    sft_recipe: str = "default"         # [--recipe] mixture from nanochat/data_recipes.py
     data_dir: str | None = None         # folder of AQuA splits (None = NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, the base directory, the Hub)
     aqua_train_examples: int = 20000    # rows of AQuA's train split in the mixture (-1 = all; more than there are = all)
     aqua_val_examples: int = 254        # rows of AQuA's validation split for val/bpb and the inline accuracy
+    # R1-style recipes; a number of rows may be -1 = all
+    ot_dataset: str = "open-thoughts/OpenThoughts3-1.2M"  # OpenThoughts on the Hub
+    ot_path: str | None = None          # OpenThoughts as a local JSON-lines file instead
+    ot_split: str = "train"             # split of OpenThoughts
+    ot_stop: int | None = None          # rows of OpenThoughts (None = the recipe's: r1_ot 500,000, r1_ot_mixed 1,000,000)
+    gsm8k_stop: int = -1                # rows of GSM8K
+    rs_cot_path: str | None = None      # what scripts.rs_generate wrote (None = rs_cot.jsonl in the base directory)
+    rs_cot_stop: int = 100_000          # rows of it
+    dolci_path: str | None = None       # what scripts.prepare_dolci_think wrote (None = dolci_think_800k.jsonl in the base directory)
+    dolci_stop: int = 500_000           # rows of Dolci-Think
+    dolci_streaming: bool = False       # dolci_hf: read no more of the data set than dolci_stop rows, and keep them in a file
+    dolci_stream_cache: str | None = None  # that file (None = dolci_stream/ in the base directory)
+    chat_ratio: float = 0.30            # share of conversation in the whole mixture
+    chat_ot_answer_ratio: float = 0.10  # r1_rs_sft: share of OpenThoughts without traces in that conversation
+    chat_ot_trace_ratio: float = 0.05   # r1_rs_sft: share of OpenThoughts with traces
+    val_smoltalk_stop: int = 2000       # rows of SmolTalk's test split for val/bpb
+    val_arc_stop: int = 400             # rows of ARC-Challenge's test split for val/bpb
     # Length
     num_epochs: int = 1                 # passes over the mixture
     num_iterations: int = -1            # optimizer steps instead (-1 = off)
@@ -75,11 +92,16 @@ def main(config):
     state = start_or_resume("sft", config.output_tag, config, compute, model, optimizer)
     engine = Engine(model, tokenizer)
 
-    # Data
-    aqua_dir = {"data_dir": config.data_dir} if config.data_dir else {}
-    entries = recipe(SFT, config.recipe, base_dir=base_dir(), aqua_train_examples=config.aqua_train_examples)
-    train_task = build_mixture(entries, {"AQUA": aqua_dir}, config.seed)
-    val_task = get_task("AQUA", split="validation", stop=config.aqua_val_examples, **aqua_dir)
+    # Data: the recipe's rows, conversation at its share of the whole, and what val/bpb is measured on
+    extra = {"AQUA": {"data_dir": config.data_dir}} if config.data_dir else {}
+    values = {**config_dict(config), "base_dir": base_dir(), "rs_cot_path": config.rs_cot_path or base_dir() / "rs_cot.jsonl",
+              "dolci_path": config.dolci_path or base_dir() / "dolci_think_800k.jsonl"}
+    train_task = build_mixture(recipe(SFT, config.sft_recipe, **values), extra, config.seed)
+    chat = chat_recipe(config.sft_recipe, len(train_task), **values)
+    if chat:
+        train_task = TaskMixture([train_task, build_mixture(chat, extra, config.seed)], config.seed)
+    val_task = build_mixture(recipe(SFT_VALIDATION, config.sft_recipe, **values), extra, config.seed)
+    judged_task = val_task.leaves().get("AQUA")  # the inline accuracy needs a task whose answers can be checked
     train_batches = loader(train_task, tokenizer, config, compute, state.loader or None)
     examples_per_pass = config.device_batch_size * compute.world_size
     if config.target_examples_per_step % examples_per_pass:
@@ -87,9 +109,10 @@ def main(config):
                          f"in one pass ({config.device_batch_size} x {compute.world_size} ranks): try {-(-config.target_examples_per_step // examples_per_pass) * examples_per_pass}")
     micro_batches = config.target_examples_per_step // examples_per_pass
     num_steps = config.num_iterations if config.num_iterations > 0 else max(1, config.num_epochs * len(train_task) // config.target_examples_per_step)
-    letter, share = best_constant(val_task)
-    print0(f"sft {config.model_tag}: {len(train_task):,} conversations, {num_steps} steps x {config.target_examples_per_step}; "
-           f"on the {len(val_task)} validation rows always-{letter} scores {share:.2%}")
+    print0(f"sft {config.model_tag}: {len(train_task):,} conversations, {num_steps} steps x {config.target_examples_per_step}")
+    if judged_task:
+        letter, share = best_constant(judged_task)
+        print0(f"on the {len(judged_task)} validation rows of AQUA always-{letter} scores {share:.2%}")
 
     if config.compile:
         model.compile_for_training()
@@ -101,13 +124,15 @@ def main(config):
     for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
         state.step = step
         if every(config.eval_every, step, num_steps):
-            with loader(val_task, tokenizer, config, compute, num_epochs=1, max_batches=config.eval_steps) as val_batches:
-                val = evaluate_bpb(model, val_batches, token_bytes, compute)
+            val_batches = loader(val_task, tokenizer, config, compute)
+            one_pass = -(-len(val_task) // examples_per_pass)
+            val = evaluate_bpb(model, take(val_batches, min(config.eval_steps, one_pass)), token_bytes, compute)
+            val_batches.close()
             metrics.update({"val/bpb": val["bpb"], "val/loss": val["loss"]})
             logger.log(step, {"val/bpb": val["bpb"], "val/loss": val["loss"]})
-        if every(config.eval_metrics_every, step, num_steps):
+        if judged_task and every(config.eval_metrics_every, step, num_steps):
             engine.refresh()
-            accuracy = quick_accuracy(val_task, engine, tokenizer, compute, config.eval_metrics_max_problems, config.max_new_tokens)
+            accuracy = quick_accuracy(judged_task, engine, tokenizer, compute, config.eval_metrics_max_problems, config.max_new_tokens)
             metrics.update(accuracy)
             logger.log(step, {**accuracy, "eval/best_constant": share})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
@@ -126,7 +151,7 @@ def main(config):
         logger.log(step, {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr_mult": lr_mult, "train/tokens": state.tokens, **speed})
 
     if compute.is_master:
-        add_section("sft", f"Supervised fine-tuning of `{config.model_tag}` from {config.source} on recipe `{config.recipe}`: "
+        add_section("sft", f"Supervised fine-tuning of `{config.model_tag}` from {config.source} on recipe `{config.sft_recipe}`: "
                     f"{num_steps * config.target_examples_per_step:,} conversations in {state.seconds:.0f} s.",
                     {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, **metrics})
     train_batches.close()
@@ -134,9 +159,9 @@ def main(config):
     compute_cleanup()
 
 
-def loader(task, tokenizer, config, compute, state=None, **bounds):
+def loader(task, tokenizer, config, compute, state=None):
     return PaddedLoader(tokenizer, task, config.device_batch_size, config.max_seq_len, compute.rank, compute.world_size,
-                        compute.device, state=state, seed=config.seed, **bounds)
+                        compute.device, state=state, seed=config.seed)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def stage_config(stage, **changes):
         "base": lambda: base_train.Config(depth=2, n_embd=64, head_dim=32, max_seq_len=128, num_iterations=6, device_batch_size=2,
                                           total_batch_size=2 * 2 * 128, eval_every=3, eval_tokens=512, sample_every=-1, compile=False, **tiny),
         "mid": lambda: mid_train.Config(recipe="offline", num_iterations=6, eval_every=3, eval_tokens=512, compile=False, **tiny),
-        "sft": lambda: chat_sft.Config(recipe="offline", num_iterations=6, device_batch_size=4, target_examples_per_step=8, eval_every=3, eval_steps=2,
+        "sft": lambda: chat_sft.Config(sft_recipe="offline", num_iterations=6, device_batch_size=4, target_examples_per_step=8, eval_every=3, eval_steps=2,
                                        eval_metrics_every=6, eval_metrics_max_problems=4, max_new_tokens=16, init_lr_frac=0.5, compile=False, **tiny),
         "rl": lambda: chat_rl.Config(max_steps=6, examples_per_step=4, num_samples=4, max_new_tokens=16, device_batch_size=4, eval_every=6,
                                      eval_examples=4, **tiny),
