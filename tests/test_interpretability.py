@@ -1,18 +1,22 @@
 """Watching changes nothing, and what is seen is what the model computed."""
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.common import env
+from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.interpretability import plots
 from nanochat.interpretability.attention_metrics import (SPANS, attention_metrics, entropy_of, find_options, head_statistics, measure_attention,
                                                          measure_overhead, prompt_spans)
 from nanochat.interpretability.capture import Capture
 from nanochat.interpretability.logit_lens import lens_metrics, lens_table, logit_lens
 from nanochat.tokenizer import Tokenizer
+from tasks.common import get_task, message_text
 
+REAL = Path(env("NANOCHAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "aqua"
 LETTERS = ["A", "B", "C", "D", "E"]
 QUESTION = ("Twice a number is 14.\nWhat is the number?\n- 4=A\n- 7=B\n- 9=C\n- 2=D\n- 1=E\n"
             'Reason, then end with the line "Answer: <letter>".')
@@ -116,7 +120,6 @@ def test_the_residual_stream_ends_in_the_model_s_own_logits():
     model, inputs = make_model(), ids(2, 12)
     with torch.no_grad(), Capture(model, queries_and_keys=False, residual=True) as seen:
         logits = model(inputs)
-    from nanochat.gpt import norm
     assert len(seen.residual) == 4 and not seen.q
     assert torch.equal(model.logits(norm(seen.residual[-1])), logits)
     with Capture(model, residual=True) as seen:
@@ -249,14 +252,22 @@ def test_spans_where_there_are_no_options(tokenizer):
 
 
 def test_the_spans_of_a_real_task(tokenizer):
-    from tasks.common import get_task, message_text
-    task = get_task("algebra", split="train", stop=20)
-    for conversation in task:
-        prompt = tokenizer.render_for_completion(conversation)
-        spans = prompt_spans(tokenizer, prompt)
-        text = message_text(conversation["messages"][0])
-        options = tokenizer.decode([token for token, inside in zip(prompt, spans["options"]) if inside])
-        assert options in text and [line[-1] for line in options.split("\n") if line] == conversation["letters"]
+    for conversation in get_task("algebra", split="train", stop=20):
+        check_spans(tokenizer, conversation)
+
+
+@pytest.mark.skipif(not (REAL / "validation.jsonl").is_file(), reason="the real AQuA files are not here")
+def test_the_spans_of_every_real_aqua_question(tokenizer):
+    for conversation in get_task("AQUA", split="validation", data_dir=REAL):
+        check_spans(tokenizer, conversation)
+
+
+def check_spans(tokenizer, conversation):
+    prompt = tokenizer.render_for_completion(conversation)
+    spans = prompt_spans(tokenizer, prompt)
+    question, options = (tokenizer.decode([token for token, inside in zip(prompt, spans[name]) if inside]) for name in ("question", "options"))
+    assert message_text(conversation["messages"][0]).startswith(question + options)
+    assert [line[-1] for line in options.split("\n") if line] == conversation["letters"]
 
 
 def test_the_overhead_is_three_times_in_seconds(tokenizer, answered):
