@@ -367,3 +367,19 @@ class TextStream:
     def flush(self):
         """What is left, torn bytes as replacement characters."""
         return self.decoder.decode(b"", final=True)
+
+
+def message_parts(tokenizer, tokens):
+    """A completion's tokens -> the parts of an assistant's message: text, python, python_output. End tokens and torn calls are dropped."""
+    names = {tokenizer.encode_special(f"<|{name}|>"): name for name in
+             ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end", "output_start", "output_end")}
+    parts, kind, run = [], "text", []
+    for token in (*tokens, None):
+        name = names.get(token)
+        if name is None and token is not None:
+            run.append(token)
+            continue
+        if run and (kind == "text" or name == {"python": "python_end", "python_output": "output_end"}[kind]):
+            parts.append({"type": kind, "text": tokenizer.decode(run)})
+        kind, run = {"python_start": "python", "output_start": "python_output"}.get(name, "text"), []
+    return parts
