@@ -172,7 +172,7 @@ def algebra_rows(split, count, seed):
 def make_documents(num_chars, seed, shard):
     """Documents of all five kinds, num_chars characters in all (to within a few); the shard's name is part of the seed."""
     documents, chars, number = [], 0, 0
-    makers, weights = zip(*((worked_problems, 40), (lookup_lists, 30), (number_facts, 15), (story, 10), (spelling, 5)))
+    makers, weights = zip(*((worked_problems, 45), (lookup_lists, 30), (number_facts, 15), (story, 7), (spelling, 3)))
     # a maker gives about the same number of characters whatever its kind, so that the weights are shares of the text
     while chars < num_chars:
         r = random.Random(f"{seed}|{shard}|{number}")
@@ -202,22 +202,17 @@ WORDS = COLORS + ANIMALS + PLACES + THINGS
 
 
 def lookup_lists(r):
-    """Four documents, each a list like a prompt's options and lines of it said again in another order: what follows a thing is
-    found by looking back, which is how a solution ends ("so 82=E"). One list to a document: two would contradict each other."""
+    """Five documents, each a list like a prompt's options and the same lines again in another order: what follows a number is found
+    by looking back, which is how a solution ends ("so 82=E"). One list to a document: two would contradict each other. Plain lines
+    of numbers on purpose: with words among them and several phrasings the looking-back was not learned at all (dev/LOG.md)."""
     documents = []
-    for _ in range(4):
-        n = r.choice((3, 4, 5, 5, 5, 6))
-        things = r.sample(WORDS, n) if r.random() < 0.15 else list(map(str, r.sample(range(LARGEST + 1), n)))
-        labels = list("ABCDEFGH"[:n])
-        lines = [f"- {thing}={label}" for thing, label in zip(things, labels)]
-        asked = r.sample(list(zip(things, labels)), n)
-        if r.random() < 0.3:                            # in the words of the AQuA prompt, so that the tokenizer learns them too
-            thing, label = asked[0]
-            lines += [INSTRUCTION, f"so {thing}={label}", f"Answer: {label}"]
-        else:
-            frame = r.choice(("so {thing}={label}", "{thing}={label}", "It is {thing}={label}"))
-            lines += [frame.format(thing=thing, label=label) for thing, label in asked]
-        documents.append("\n".join(lines))
+    for _ in range(5):
+        n = r.choice((3, 4, 5, 5, 5))
+        lines = [f"{number}={label}" for number, label in zip(r.sample(range(LARGEST + 1), n), "ABCDE")]
+        again = r.sample(lines, n)
+        if r.random() < 0.1:                            # in the words of the AQuA prompt, so that the tokenizer learns them too
+            again = [INSTRUCTION, again[0], f"Answer: {again[0][-1]}"]
+        documents.append("\n".join([f"- {line}" for line in lines] + again))
     return documents
 
 
