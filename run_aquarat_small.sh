@@ -28,7 +28,7 @@ if [ "$PRESET" = cpu ]; then
     stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --num-iterations="${SFT_STEPS:-200}" \
                      --init-lr-frac=0.3 --eval-metrics-every=100 --max-new-tokens=64 --save-every=100
     stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-150}" --num-samples=8 --examples-per-step=32 \
-                     --max-new-tokens=64 --device-batch-size=64 --eval-every=50 --eval-examples=500 --save-every=50
+                     --max-new-tokens=64 --device-batch-size=64 --eval-every=50 --eval-examples=500 --save-every=50 ${RL_ARGS:-}
     for source in base mid sft rl; do
         stage eval-$source python -m scripts.chat_eval -i $source -a AQUA --split=test --max-new-tokens=64 --batch-size=256
     done
@@ -44,7 +44,7 @@ else
     stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --aqua_train_examples=20000 --aqua_val_examples=254 \
                      --target-examples-per-step=$(( 4 * $(times_ranks 8) )) --save-every=500
     stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-600}" --max-new-tokens=128 \
-                     --examples-per-step="$(times_ranks 16)"
+                     --examples-per-step="$(times_ranks 16)" ${RL_ARGS:-}
     for source in base mid sft rl; do
         stage eval-$source $LAUNCH scripts.chat_eval -i $source -a AQUA --max-new-tokens=256
     done

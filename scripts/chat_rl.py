@@ -14,12 +14,15 @@ from functools import lru_cache
 import torch
 
 from nanochat.checkpoint_manager import load_model, save_checkpoint, start_or_resume
-from nanochat.common import compute_cleanup, compute_init, print0
+from nanochat.common import base_dir, compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.engine import Engine
+from nanochat.interpretability.attention_metrics import attention_metrics
+from nanochat.interpretability.plots import save_attention_pictures
 from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.rl.algorithm import group_advantages, groups_with_signal, reinforce_loss
+from nanochat.rl.letter_metrics import letter_metrics
 from nanochat.rl.metrics import rollout_metrics
 from nanochat.rl.rollout import make_batches, sample_groups
 from nanochat.run_logger import RunLogger
@@ -64,6 +67,9 @@ class Config:
     # Watching
     eval_every: int = 60                # steps between greedy accuracies on the validation split (-1 = off)
     eval_examples: int = 400            # problems per accuracy
+    kl_every: int = 20                  # steps between KL to the starting model, letter margin, exact entropy (-1 = off)
+    attn_every: int = 60                # steps between attention metrics and pictures (-1 = off)
+    rollouts_every: int = 20            # steps between rollouts written to the run's log (-1 = off)
     save_every: int = 60                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
     resume: bool = False                # go on from the newest whole checkpoint, if there is one
@@ -85,6 +91,9 @@ def main(config):
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer)
     engine = Engine(model, tokenizer, max_rows=config.rows_in_flight)
+    reference = None  # the model training starts from, also after a resume
+    if config.kl_every > 0:
+        reference = load_model(config.source, compute, "eval", config.model_tag, config.step)[0].requires_grad_(False)
 
     # Problems
     arguments = {"data_dir": config.data_dir} if config.data_dir else {}
@@ -119,12 +128,28 @@ def main(config):
         metrics = rollout_metrics(groups, compute, extract_answer, letters)
         metrics["time/generate_s"] = clock.lap()
 
+        # Telemetry of the policy that sampled, before it moves
+        if letters and every(config.kl_every, step, num_steps):
+            metrics.update(letter_metrics(model, reference, tokenizer, groups, conversations, compute, config.device_batch_size, config.temperature))
+            if step == 0 and metrics["rl/kl_sequence_mean"] != 0:
+                raise ValueError(f"the KL to the reference is {metrics['rl/kl_sequence_mean']:.3g} before the first step, not 0: the reference is not "
+                                 f"the model that training starts from (source={config.source}, step={config.step})")
+        if letters and every(config.attn_every, step, num_steps) and compute.is_master:
+            watched = [rollout for group in groups for rollout in group][:8]
+            metrics.update(attention_metrics(model, tokenizer, [r.prompt + r.tokens for r in watched], [len(r.prompt) for r in watched]))
+            folder = base_dir() / "runs" / f"rl_{config.output_tag}_attention" / f"step_{step:06d}"
+            for path in save_attention_pictures(model, tokenizer, watched[0].prompt + watched[0].tokens, len(watched[0].prompt), folder):
+                logger.log_image(step, f"attn/{path.stem}", path)
+        metrics["time/watch_s"] = clock.lap()
+
         # Gradient on the groups that hold both right and wrong answers
         rewards = torch.tensor([[rollout.reward for rollout in group] for group in groups])
         outcomes = torch.tensor([[rollout.rewards["correct"] for rollout in group] for group in groups])
         for group, row in zip(groups, group_advantages(rewards).tolist()):
             for rollout, advantage in zip(group, row):
                 rollout.advantage = advantage
+        if every(config.rollouts_every, step, num_steps):
+            logger.log_text(step, "rollouts", [row for group in groups[:2] for row in rollout_rows(group)])
         taught = [rollout for group, signal in zip(groups, groups_with_signal(outcomes)) if signal for rollout in group]
         batches = make_batches(taught, config.device_batch_size, tokenizer.bos_id, compute.device)
         count = compute.sum(sum(int((batch.targets != -1).sum()) for batch in batches))
@@ -134,7 +159,7 @@ def main(config):
             loss = reinforce_loss(logprobs, batch.advantages, batch.targets != -1)
             (loss * (compute.world_size / count)).backward()
             difference = (logprobs.detach() - batch.sampler_logprobs).abs()
-            total, largest, summed = total + float(loss), max(largest, float(difference.max())), summed + float(difference.sum())
+            total, largest, summed = total + loss.item(), max(largest, float(difference.max())), summed + float(difference.sum())
         if count:  # the same on every rank, so that all reach the optimizer's collectives or none does
             lr_mult = config.init_lr_frac * linear_decay(step, num_steps)
             mean_loss = compute.sum(total) / count
@@ -158,6 +183,12 @@ def main(config):
                     {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, **accuracy})
     logger.close()
     compute_cleanup()
+
+
+def rollout_rows(group):
+    """A group as a table that people read."""
+    return [{"completion": rollout.text, "letter": extract_answer(rollout.text) or "none", **{f"reward/{name}": value for name, value in rollout.rewards.items()},
+             "advantage": round(rollout.advantage, 3), "finish": rollout.finish_reason} for rollout in group]
 
 
 def problems_of_step(step, config, num_problems):

@@ -38,6 +38,10 @@ stage() {
     local name=$1; shift
     CHAIN=$(printf '%s\n' "$CHAIN" "$@" | sha256sum | cut -c1-16)
     local stamp="$NANOCHAT_BASE_DIR/stages/$name"
+    if [ -n "${START_AT:-}" ]; then  # run_aquarat_lite.sh begins in the middle
+        if [ "$name" != "train-$START_AT" ]; then return; fi
+        START_AT=
+    fi
     if [ "$(cat "$stamp.done" 2>/dev/null)" = "$CHAIN" ]; then
         say "$name: done before, skipped"
         return

@@ -26,6 +26,7 @@ from tasks.aqua import INSTRUCTION
 
 SOURCES = ("scripts/prepare_offline.py", "tasks/algebra.py", "tasks/algebra_kinds.py")
 MANIFEST = "offline_manifest.json"
+FIRST_LOOKUPS = 0.08          # share of the text, at its beginning, that is lookup lists alone
 SHARD_CHARS, VAL_SHARE, ROW_GROUP = 4_000_000, 0.02, 1_000  # text per shard; validation text in addition; documents per row group
 # What can be made on its own, and the knobs that it depends on
 PARTS = {"text": ("seed", "text_chars"), "aqua": ("seed", "train_rows", "validation_rows", "test_rows"), "identity": ("seed", "identity_rows")}
@@ -97,7 +98,7 @@ def make_text(config):
     *train, val = file_names("text", config)
     sizes = dict.fromkeys(train, config.text_chars // len(train)) | {val: max(20_000, int(VAL_SHARE * config.text_chars))}
     for name, num_chars in sizes.items():
-        documents = make_documents(num_chars, config.seed, name)
+        documents = make_documents(num_chars, config.seed, name, int(FIRST_LOOKUPS * config.text_chars) if name == train[0] else 0)
         yield name, parquet(documents), {"rows": len(documents), "chars": sum(map(len, documents))}
 
 
@@ -169,14 +170,18 @@ def algebra_rows(split, count, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pretraining text
 
-def make_documents(num_chars, seed, shard):
-    """Documents of all five kinds, num_chars characters in all (to within a few); the shard's name is part of the seed."""
+def make_documents(num_chars, seed, shard, first_lookups=0):
+    """Documents of all five kinds, num_chars characters in all (to within a few); the shard's name is part of the seed.
+
+    The first `first_lookups` characters are lookup lists alone, a small curriculum: looking back is learned within 200 steps on
+    lists alone, and not within 800 when they are a third of the text (dev/LOG.md).
+    """
     documents, chars, number = [], 0, 0
-    makers, weights = zip(*((worked_problems, 45), (lookup_lists, 30), (number_facts, 15), (story, 7), (spelling, 3)))
+    makers, weights = zip(*((worked_problems, 55), (lookup_lists, 15), (number_facts, 18), (story, 8), (spelling, 4)))
     # a maker gives about the same number of characters whatever its kind, so that the weights are shares of the text
     while chars < num_chars:
         r = random.Random(f"{seed}|{shard}|{number}")
-        made = r.choices(makers, weights)[0](r)
+        made = lookup_lists(r) if chars < first_lookups else r.choices(makers, weights)[0](r)
         made = [made] if isinstance(made, str) else made
         documents += made
         chars, number = chars + sum(map(len, made)), number + 1

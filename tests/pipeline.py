@@ -14,7 +14,7 @@ FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft
 def prepare():
     """Data and tokenizer."""
     prepare_offline.main(prepare_offline.Config(text_chars=200_000, train_rows=300, validation_rows=40, test_rows=40, identity_rows=20))
-    tok_train.main(tok_train.Config(vocab_size=512))
+    tok_train.main(tok_train.Config(vocab_size=768))
 
 
 def stage_config(stage, **changes):
