@@ -6,6 +6,7 @@ shares one pass over its prompt. A completion does not depend on what else is in
 """
 import codecs
 import itertools
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -208,6 +209,8 @@ class Engine:
 
     def admit(self):
         """Fill the free rows from the front of the queue and draw their first tokens -> Events."""
+        if not self.rows:  # an interrupt may have struck between the cache and the list of rows
+            self.kv_cache.n_rows = 0
         entering, free = [], self.max_rows - len(self.rows)
         for group in self.waiting:
             if not free:
@@ -324,8 +327,8 @@ class RowSampler:
         uniform = torch.from_numpy(uniforms(self.keys, draws)).to(self.device)
         tokens, logprobs = self.sampler(logits, uniform)
         tokens, logprobs = torch.stack((tokens.double(), logprobs)).tolist()
-        assert not any(map(np.isnan, logprobs)), "the model's logits are not finite"
-        return [int(token) for token in tokens], logprobs
+        assert not math.isnan(sum(logprobs)), "the model's logits are not finite"
+        return list(map(int, tokens)), logprobs
 
 
 def similar_lengths(batch):

@@ -61,59 +61,65 @@ class Sampler:
     def __init__(self, settings, device):
         self.n, kinds = len(settings), {}
         for row, (temperature, top_k, top_p) in enumerate(settings):
-            kind = "greedy" if temperature == 0 else "full" if top_k is None and top_p is None else "top"
+            is_nucleus = top_p is not None and top_p < 1
+            kind = "greedy" if temperature == 0 else "top_k" if top_k is not None else "nucleus" if is_nucleus else "full"
             kinds.setdefault(kind, []).append(row)
-        self.parts = []
-        for kind, rows in kinds.items():
-            temperature, top_k, top_p = zip(*(settings[row] for row in rows))
-            index = None if len(rows) == self.n else torch.tensor(rows, device=device)
-            scale = None if set(temperature) == {1.0} else torch.tensor(temperature, device=device)[:, None]
-            self.parts.append((kind, index, scale, Truncation(top_k, top_p, device) if kind == "top" else None))
+        self.parts = [Part(kind, rows if len(rows) < self.n else None, [settings[row] for row in rows], device) for kind, rows in kinds.items()]
 
     def __call__(self, logits, uniform):
         """logits (n, V) float32, which may be overwritten; uniform (n,) -> tokens (n,), logprobs (n,) float64."""
         if len(self.parts) == 1:
-            return self.draw(self.parts[0], logits, uniform)
+            return self.parts[0].draw(logits, uniform)
         tokens = torch.empty(self.n, dtype=torch.int64, device=logits.device)
         logprobs = torch.empty(self.n, dtype=torch.float64, device=logits.device)
         for part in self.parts:
-            tokens[part[1]], logprobs[part[1]] = self.draw(part, logits[part[1]], uniform[part[1]])
+            tokens[part.rows], logprobs[part.rows] = part.draw(logits[part.rows], uniform[part.rows])
         return tokens, logprobs
 
-    def draw(self, part, logits, uniform):
-        kind, _, scale, truncation = part
-        if kind == "greedy":
+
+class Part:
+    """Rows of one kind: greedy; full (the whole vocabulary); top_k (and top_p of those); nucleus (top_p alone, arXiv 1904.09751)."""
+
+    def __init__(self, kind, rows, settings, device):
+        temperature, top_k, top_p = zip(*settings)
+        self.kind, self.rows = kind, None if rows is None else torch.tensor(rows, device=device)
+        self.scale = None if set(temperature) == {1.0} else torch.tensor(temperature, device=device)[:, None]
+        self.width = max(top_k) if kind == "top_k" else None
+        self.top_k = torch.tensor(top_k, device=device)[:, None] if kind == "top_k" and len(set(top_k)) > 1 else None
+        limits = [2.0 if p is None or p == 1 else p for p in top_p]  # what no probability reaches: keep all
+        self.top_p = torch.tensor(limits, device=device)[:, None] if min(limits) < 2 else None
+
+    def draw(self, logits, uniform):
+        if self.kind == "greedy":
             return logits.argmax(dim=1), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-        if kind == "full":
-            return pick(logits if scale is None else logits.div_(scale), uniform)
-        logits, tokens = truncation.most_likely(logits)
-        logits = truncation.cut(logits if scale is None else logits / scale)
-        index, logprobs = pick(logits, uniform)
+        if self.scale is not None:
+            logits = logits.div_(self.scale)
+        if self.kind == "full":
+            return pick(logits, uniform)
+        kept, tokens = self.most_likely(logits) if self.kind == "top_k" else self.nucleus(logits)
+        index, logprobs = pick(kept, uniform)
         return tokens.gather(1, index[:, None])[:, 0], logprobs
 
-
-class Truncation:
-    """Keep each row's top_k most likely tokens, then of those the fewest whose probabilities reach top_p (arXiv 1904.09751)."""
-
-    def __init__(self, top_k, top_p, device):
-        self.width = None if None in top_k else max(top_k)
-        self.top_k = torch.tensor([k or 2**62 for k in top_k], device=device)[:, None] if len(set(top_k)) > 1 else None
-        self.top_p = None
-        if any(p is not None for p in top_p):
-            self.top_p = torch.tensor([1.0 if p is None else p for p in top_p], device=device)[:, None]
-
     def most_likely(self, logits):
-        """(n, V) -> the logits worth keeping in falling order and their tokens, each (n, width)."""
-        if self.width is None or self.width >= logits.size(1):
-            return logits.sort(dim=1, descending=True, stable=True)
-        return logits.topk(self.width, dim=1)
-
-    def cut(self, logits):
-        """(n, width) in falling order, after the temperature -> -inf where a row keeps no more."""
+        """(n, V) -> the top_k logits of each row in falling order, cut after top_p of their mass, and their tokens (n, width)."""
+        kept, tokens = logits.topk(min(self.width, logits.size(1)), dim=1)
         if self.top_k is not None:
-            logits = logits.masked_fill(torch.arange(logits.size(1), device=logits.device) >= self.top_k, -torch.inf)
+            kept = kept.masked_fill_(torch.arange(kept.size(1), device=kept.device) >= self.top_k, -torch.inf)
         if self.top_p is not None:
-            probs = logits.softmax(dim=1)
-            before = probs.cumsum(dim=1) - probs  # a token stays while those before it fall short of top_p
-            logits = logits.masked_fill(before >= self.top_p, -torch.inf).where(self.top_p < 1, logits)
-        return logits
+            kept = cut(kept, kept.softmax(dim=1), self.top_p)
+        return kept, tokens
+
+    def nucleus(self, logits):
+        """The same with all the vocabulary to choose from. A nucleus nearly always fits a few hundred tokens: look there first,
+        since sorting 8,192 takes 20 times as long."""
+        total = logits.logsumexp(dim=1, keepdim=True)
+        for width in (256, logits.size(1)) if logits.size(1) > 256 else (logits.size(1),):
+            kept, tokens = logits.topk(width, dim=1)
+            probs = (kept - total).exp()
+            if width == logits.size(1) or (probs.sum(dim=1, keepdim=True) >= self.top_p).all():
+                return cut(kept, probs, self.top_p), tokens
+
+
+def cut(logits, probs, top_p):
+    """(n, width) in falling order -> -inf where the tokens before already reach top_p."""
+    return logits.masked_fill(probs.cumsum(dim=1) - probs >= top_p, -torch.inf)

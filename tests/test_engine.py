@@ -382,11 +382,11 @@ def test_the_inverse_distribution_picks_what_a_plain_search_picks(vocab):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.sampled_from([None, 1, 3, 1000]), st.sampled_from([None, 1e-9, 0.5, 1.0])),
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.sampled_from([None, 1, 3, 400, 1000]), st.sampled_from([None, 1e-9, 0.5, 0.99, 1.0])),
                 min_size=1, max_size=6), st.integers(0, 2**31))
 def test_any_mixture_of_settings_draws_each_row_as_if_alone(rows, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(len(rows), 300, generator=generator) * 2
+    logits = torch.randn(len(rows), 700, generator=generator) * 2  # a nucleus may or may not fit the first 256
     logits[:, ::7] = -torch.inf
     uniform = torch.rand(len(rows), generator=generator, dtype=torch.float64)
     tokens, logprobs = Sampler(rows, "cpu")(logits.clone(), uniform)
