@@ -2,9 +2,10 @@
 
     python dev/bench/decode.py --device=cpu --threads=2
 
-Equal prompts of `--prompt-tokens`, and ragged ones between a quarter of that and twice as many; `--new-tokens` each, greedy for
-both, so that neither pays for sampling unless `--sample`. Hugging Face pads ragged prompts on the left. The best of `--repeats`
-runs, taken in turns, so that a busy machine hurts both. The last line is JSON.
+Three loads: "equal" prompts of `--prompt-tokens`; "ragged" ones between a quarter of that and twice as many; and "uneven", ragged
+prompts whose answers also end at different places, as answers do (an eighth of `--new-tokens` to all of them; Hugging Face computes
+until the longest is done, and only wanted tokens count). Greedy for both, unless `--sample`. Hugging Face pads on the left. The best
+of `--repeats` runs, taken in turns, so that a busy machine hurts both. The last line is JSON.
 """
 import json
 import random
@@ -91,19 +92,20 @@ def timed(run, compute):
     return tokens / (time.perf_counter() - start)
 
 
-def ours(engine, prompts, config):
-    requests = [Request(prompt, max_new_tokens=config.new_tokens, temperature=float(config.sample), seed=i) for i, prompt in enumerate(prompts)]
+def ours(engine, prompts, wanted, config):
+    requests = [Request(prompt, max_new_tokens=wanted[i], temperature=float(config.sample), seed=i) for i, prompt in enumerate(prompts)]
     return sum(len(completion.tokens) for (completion,) in engine.generate(requests))
 
 
 @torch.inference_mode()
-def theirs(peer, prompts, config, device):
+def theirs(peer, prompts, wanted, config, device):
     longest = max(map(len, prompts))
     inputs = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    output = peer.generate(inputs, attention_mask=mask, max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens, do_sample=config.sample,
-                           top_k=0, use_cache=True)
-    return (output.size(1) - longest) * len(prompts)
+    settings = {"do_sample": True, "top_k": 0} if config.sample else {"do_sample": False}
+    output = peer.generate(inputs, attention_mask=mask, max_new_tokens=max(wanted), min_new_tokens=max(wanted), use_cache=True, **settings)
+    assert output.size(1) == longest + max(wanted)
+    return sum(wanted)
 
 
 def main(config):
@@ -115,7 +117,7 @@ def main(config):
             continue  # the default is one of those already measured
         model, peer = build(config, compute.dtype, compute.device)
         for batch in config.batches:
-            for kind in ("equal", "ragged"):
+            for kind in ("equal", "ragged", "uneven"):
                 results.append(measure(config, compute, model, peer, batch, kind))
                 print({name: value for name, value in results[-1].items() if name != "runs"}, flush=True)
     print(json.dumps({"depth": config.depth, "vocab_size": config.vocab_size, "device": str(compute.device), "threads": config.threads,
@@ -127,10 +129,11 @@ def measure(config, compute: Compute, model, peer, batch, kind):
     draw = random.Random(batch)
     lengths = [config.prompt_tokens if kind == "equal" else draw.randint(config.prompt_tokens // 4, 2 * config.prompt_tokens) for _ in range(batch)]
     prompts = [[draw.randrange(1, config.vocab_size - len(MARKERS)) for _ in range(length)] for length in lengths]
+    wanted = [draw.randint(config.new_tokens // 8, config.new_tokens) if kind == "uneven" else config.new_tokens for _ in range(batch)]
     engine = Engine(model, Numbers(config.vocab_size), max_rows=batch)
-    runs = {"ours": lambda: ours(engine, prompts, config)}
+    runs = {"ours": lambda: ours(engine, prompts, wanted, config)}
     if peer is not None:
-        runs["transformers"] = lambda: theirs(peer, prompts, config, compute.device)
+        runs["transformers"] = lambda: theirs(peer, prompts, wanted, config, compute.device)
     speeds = {name: [] for name in runs}
     for _ in range(config.repeats + 1):
         for name, run in runs.items():
