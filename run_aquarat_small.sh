@@ -23,15 +23,19 @@ if [ "$PRESET" = cpu ]; then
     stage data       python -m scripts.prepare_offline --seed="$SEED"
     stage tokenizer  python -m scripts.tok_train --vocab-size=1024
     stage train-base $LAUNCH scripts.base_train --run="$WANDB_RUN" --seed="$SEED" --depth=4 --n-embd=128 --head-dim=32 --max-seq-len=256 \
-                     --device-batch-size=16 --total-batch-size=4096 --num-iterations="${BASE_STEPS:-1200}" --eval-every=400 --eval-tokens=65536 --sample-every=600 --save-every=400
-    stage train-mid  $LAUNCH scripts.mid_train --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --num-iterations="${MID_STEPS:-1000}" --eval-every=500 --save-every=250
-    stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --num-iterations="${SFT_STEPS:-200}" \
-                     --init-lr-frac=0.3 --eval-metrics-every=100 --max-new-tokens=64 --save-every=100
-    stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-150}" --num-samples=8 --examples-per-step=32 \
-                     --max-new-tokens=64 --device-batch-size=64 --eval-every=50 --eval-examples=500 --save-every=50 ${RL_ARGS:-}
+                     --device-batch-size=16 --total-batch-size=4096 --mask-documents --embedding-lr=0.05 --num-iterations="${BASE_STEPS:-900}" \
+                     --eval-every=300 --eval-tokens=65536 --sample-every=450 --save-every=300
+    stage base-loss  python -m scripts.base_loss --split-tokens=65536
+    stage train-mid  $LAUNCH scripts.mid_train --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --embedding-lr=0.05 --num-iterations="${MID_STEPS:-200}" \
+                     --eval-every=100 --save-every=100
+    stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --embedding-lr=0.05 \
+                     --init-lr-frac=0.1 --num-iterations="${SFT_STEPS:-60}" --eval-every=30 --eval-metrics-every=60 --max-new-tokens=64 --save-every=30
+    stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-120}" --num-samples=16 --examples-per-step=32 \
+                     --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
     for source in base mid sft rl; do
         stage eval-$source python -m scripts.chat_eval -i $source -a AQUA --split=test --max-new-tokens=64 --batch-size=256
     done
+    stage compare    python -m scripts.chat_eval --compare sft_d4_AQUA_test rl_d4_AQUA_test
 else
     stage shards     python -m nanochat.dataset -n "${SHARDS:-40}"
     stage aqua       python -m scripts.prepare_aqua
@@ -48,6 +52,7 @@ else
     for source in base mid sft rl; do
         stage eval-$source $LAUNCH scripts.chat_eval -i $source -a AQUA --max-new-tokens=256
     done
+    stage compare    python -m scripts.chat_eval --compare "sft_d${DEPTH:-8}_AQUA" "rl_d${DEPTH:-8}_AQUA"
 fi
 stage report         python -m nanochat.report generate
 python -m nanochat.report summarize "$WANDB_RUN"
