@@ -6,7 +6,10 @@ CHAIN="${CHAIN:-start}"
 choose_places() {
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
     mkdir -p "$NANOCHAT_BASE_DIR/stages"
-    if [ "${FRESH:-0}" = 1 ]; then rm -f "$NANOCHAT_BASE_DIR"/stages/*; fi
+    if [ "${FRESH:-0}" = 1 ]; then
+        rm -f "$NANOCHAT_BASE_DIR"/stages/*
+        python -m nanochat.report reset
+    fi
     WANDB_RUN="${WANDB_RUN:-dummy}"
     SEED="${SEED:-42}"
 }

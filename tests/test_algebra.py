@@ -13,7 +13,7 @@ from nanochat.dataset import iter_documents, list_shards
 from scripts import prepare_offline
 from tasks.algebra import SIZES, Algebra, choose_options, draw, make_problem, split_of
 from tasks.algebra_kinds import KINDS, LARGEST, LEVELS
-from tasks.aqua import AQUA, build_conversation, extract_answer, parse_row
+from tasks.aqua import AQUA, build_conversation, extract_answer, parse_row, permuted
 from tasks.common import best_constant, get_task, message_text
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -52,18 +52,19 @@ def test_every_number_everywhere_has_at_most_two_digits(problems):
 
 def test_every_step_is_one_correct_operation_and_the_last_value_is_the_answer(problems):
     for problem in problems:
-        steps = problem["rationale"].split(" so ")
+        *steps, line = problem["rationale"].split(" so ")
+        assert line == f"{gold(problem)}={problem['correct']}", problem  # it ends with the right option's line in the prompt
         for step in steps:
             found = STEP.findall(step)
             assert len(found) == 1 and step.endswith("".join(found[0][:3]) + "=" + found[0][3]), problem
             a, sign, b, c = int(found[0][0]), found[0][1], int(found[0][2]), int(found[0][3])
             assert {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b != 0 and a == b * c}[sign], problem
-        assert integers(problem["rationale"])[-1] == gold(problem)
+        assert integers(steps[-1])[-1] == gold(problem)
 
 
 def test_the_level_is_the_number_of_steps(problems):
     for problem in problems:
-        steps = len(problem["rationale"].split(" so "))
+        steps = len(problem["rationale"].split(" so ")) - 1  # the last part is the option's line
         assert steps == problem["level"] or (problem["level"] == 4 and 3 <= steps <= 5), problem
 
 
@@ -243,11 +244,26 @@ def test_gold_answers_earn_full_reward_and_silence_none():
         assert task.rewards(conversation, f"Answer: {wrong}") == {"correct": 0.0, "format": 0.1}
 
 
-def test_cleaning_leaves_generated_rationales_as_they_are(problems):
+def test_cleaning_a_raw_row_takes_off_the_letter_and_nothing_else(problems):
     for problem in problems:
         question, choices, rationale, letter, flags = parse_row(problem)
-        assert (question, rationale, letter, flags) == (problem["question"], problem["rationale"], problem["correct"], [])
+        assert (question, f"{rationale}={letter}", letter, flags) == (problem["question"], problem["rationale"], problem["correct"], [])
         assert [f"{letter}){choice}" for letter, choice in zip("ABCDE", choices)] == problem["options"]
+
+
+def test_the_option_line_of_a_solution_moves_with_the_options():
+    task = Algebra("train", size=50)
+    for conversation in task:
+        for shift in range(5):
+            moved = permuted(conversation, shift)
+            value, letter = message_text(moved["messages"][-1]).split("\n")[0].rsplit(" so ", 1)[1].split("=")
+            assert letter == moved["answer_letter"] and f"- {value}={letter}\n" in moved["messages"][0]["content"]
+
+
+def test_the_text_begins_with_lookup_lists_alone(offline):
+    folder, _ = offline
+    first = [text for text in iter_documents(list_shards("train", folder / "base_data"))][:300]
+    assert all(re.fullmatch(r"(- \d+=[A-E]\n)+(.*\n)?(\d+=[A-E]\n?)+(Answer: [A-E])?", text) for text in first)
 
 
 def test_wrong_arguments_are_explained():
@@ -285,7 +301,7 @@ def test_everything_the_pipeline_needs_is_written(offline, capsys):
     for split, count in (("train", 400), ("validation", 60), ("test", 60)):
         task = AQUA(split, data_dir=folder / "aqua")
         assert len(task) == count and not task.skipped and not task.flagged and {"level", "kind"} <= set(task[0])
-    assert abs(sum(map(len, texts(folder))) - 320_000) < 5_000 and min(map(len, texts(folder))) > 50
+    assert abs(sum(map(len, texts(folder))) - 320_000) < 5_000 and min(map(len, texts(folder))) > 25
     conversations = [json.loads(line)["messages"] for line in (folder / "identity_conversations.jsonl").read_text().splitlines()]
     assert len(conversations) == 50 and all([m["role"] for m in c] == ["user", "assistant"] * (len(c) // 2) for c in conversations)
     assert any("nanochat" in c[1]["content"] for c in conversations)
