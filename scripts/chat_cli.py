@@ -64,6 +64,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": parts})
         else:
             self.messages.pop()
+            self.write("[no answer]")
 
     def prompt(self):
         """The conversation as tokens. Its oldest exchanges go where it would leave the answer less than a quarter of the context."""
@@ -90,9 +91,11 @@ class Chat:
             except OSError as error:
                 self.write(f"[not saved: {error}]")
         elif name == "/retry" and self.messages:
-            question = self.messages[-2]["content"]
-            del self.messages[-2:]
-            self.ask(question)
+            *earlier, question, answer = self.messages
+            self.messages = list(earlier)
+            self.ask(question["content"])
+            if len(self.messages) == len(earlier):  # nothing came: what was there stays
+                self.messages += [question, answer]
         elif name == "/temp" and valid_temperature(argument):
             self.temperature = float(argument)
             self.write(f"[temperature {self.temperature}]")

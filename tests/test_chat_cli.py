@@ -47,6 +47,9 @@ def test_a_conversation_grows_by_question_and_answer_and_can_be_taken_back():
     chat.command("/temp 0")
     chat.command("/retry")
     assert chat.engine.asked[-1] == ("how?|fine é|and?", 0.0, 2) and len(chat.messages) == 4
+    chat.engine.answer = [END]
+    chat.command("/retry")
+    assert len(chat.messages) == 4, "an answer that does not come replaces none"
     chat.command("/clear")
     assert chat.messages == [] and chat.command("/help") and not chat.command("/quit")
 
@@ -94,7 +97,7 @@ def test_a_question_that_cannot_fit_is_refused_in_words():
     written = []
     chat = Chat(Engine(make_model(), ChatTokenizer()), Config(), lambda text="", end="\n", flush=False: written.append(text))
     chat.ask("w" * 80)
-    assert "81 tokens" in written[-1] and chat.messages == []
+    assert any("81 tokens" in text for text in written) and chat.messages == []
     torch.manual_seed(0)
     chat.ask("hello")
     assert chat.engine.is_idle
