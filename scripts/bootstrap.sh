@@ -52,7 +52,7 @@ set_up_environment() {
     say "installing the project (the first time: about 5 GB of packages)"
     local extras=() extra
     for extra in "$@"; do extras+=(--extra "$extra"); done
-    uv sync --quiet "${extras[@]}" || die "uv sync failed: the lines above say which package"
+    uv sync --quiet --inexact "${extras[@]}" || die "uv sync failed: the lines above say which package"
     # shellcheck disable=SC1091
     source .venv/bin/activate
 }
