@@ -52,7 +52,7 @@ def parse(Config, argv=None):
     if config_file:
         check_config_file(config_file, hints)
         app.config = cyclopts.config.Toml(config_file, must_exist=True, use_commands_as_keys=False)
-    config = app([spell_out(token, hints) for token in argv], exit_on_error=True)
+    config = app(last_of_each([spell_out(token, hints) for token in argv]), exit_on_error=True)
     if config is None:  # --help has been printed
         raise SystemExit(0)
     return config
@@ -66,6 +66,12 @@ def spell_out(token, hints):
         return token
     optional = typing.get_origin(hints[field]) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hints[field])
     return f"--{field.replace('_', '-')}{equals}{'none' if optional and value == 'None' else value}"
+
+
+def last_of_each(argv):
+    """Of several `--name=value` of one name the last counts, so that a launcher's settings can be overridden behind them."""
+    names = [token.partition("=")[0] if token.startswith("--") and "=" in token else None for token in argv]
+    return [token for i, (token, name) in enumerate(zip(argv, names)) if name is None or name not in names[i + 1:]]
 
 
 def take_config_file(argv):

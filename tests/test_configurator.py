@@ -29,6 +29,7 @@ class Config:
     ("--top-k=3 --resume", {"top_k": 3, "resume": True}),
     ("--resume=False --lr=1e-3", {"resume": False, "lr": 1e-3}),
     ("--levels 3 4", {"levels": (3, 4)}),
+    ("--lr=1 --device-batch-size=4 --lr=2 --device_batch_size=8", {"lr": 2.0, "device_batch_size": 8}),  # a launcher's flags, overridden behind
 ])
 def test_a_command_line_becomes_a_config(line, expected):
     assert parse(Config, line.split()) == Config(**expected)
