@@ -18,41 +18,43 @@ choose_places
 choose_hardware
 
 if [ "$PRESET" = cpu ]; then
+    TAG=d4
     # AQUA is the embedded algebra here: prepare_offline writes it in AQuA's form
     export AQUA_DATA_DIR="${AQUA_DATA_DIR:-$NANOCHAT_BASE_DIR/aqua}"
     stage data       python -m scripts.prepare_offline --seed="$SEED"
     stage tokenizer  python -m scripts.tok_train --vocab-size=1024
-    stage train-base $LAUNCH scripts.base_train --run="$WANDB_RUN" --seed="$SEED" --depth=4 --n-embd=128 --head-dim=32 --max-seq-len=256 \
+    stage train-base $LAUNCH scripts.base_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --depth=4 --n-embd=128 --head-dim=32 --max-seq-len=256 \
                      --device-batch-size=16 --total-batch-size=4096 --mask-documents --embedding-lr=0.05 --num-iterations="${BASE_STEPS:-900}" \
                      --eval-every=300 --eval-tokens=65536 --sample-every=450 --save-every=300
-    stage base-loss  python -m scripts.base_loss --split-tokens=65536
-    stage train-mid  $LAUNCH scripts.mid_train --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --embedding-lr=0.05 --num-iterations="${MID_STEPS:-200}" \
+    stage base-loss  python -m scripts.base_loss --model-tag="$TAG" --split-tokens=65536
+    stage train-mid  $LAUNCH scripts.mid_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --embedding-lr=0.05 --num-iterations="${MID_STEPS:-200}" \
                      --eval-every=100 --save-every=100
-    stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --embedding-lr=0.05 \
+    stage train-sft  $LAUNCH scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --embedding-lr=0.05 \
                      --init-lr-frac=0.1 --num-iterations="${SFT_STEPS:-60}" --eval-every=30 --eval-metrics-every=60 --max-new-tokens=64 --save-every=30
-    stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-120}" --num-samples=16 --examples-per-step=32 \
+    stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-120}" --num-samples=16 --examples-per-step=32 \
                      --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
     for source in base mid sft rl; do
-        stage eval-$source python -m scripts.chat_eval -i $source -a AQUA --split=test --max-new-tokens=64 --batch-size=256
+        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256
     done
-    stage compare    python -m scripts.chat_eval --compare sft_d4_AQUA_test rl_d4_AQUA_test
+    stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA_test" "rl_${TAG}_AQUA_test"
 else
+    TAG="d${DEPTH:-8}"
     stage shards     python -m nanochat.dataset -n "${SHARDS:-40}"
     stage aqua       python -m scripts.prepare_aqua
     stage identity   python -m scripts.prepare_offline --only=identity --seed="$SEED"
     stage tokenizer  python -m scripts.tok_train --vocab-size=65536 --max-chars=2000000000
-    stage train-base $LAUNCH scripts.base_train --run="$WANDB_RUN" --seed="$SEED" --depth="${DEPTH:-8}" --device-batch-size=32 \
+    stage train-base $LAUNCH scripts.base_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --depth="${DEPTH:-8}" --device-batch-size=32 \
                      --total-batch-size=$(( 32 * 2048 * $(times_ranks 8) )) --save-every=1000
-    stage base-loss  $LAUNCH scripts.base_loss
-    stage train-mid  $LAUNCH scripts.mid_train --run="$WANDB_RUN" --seed="$SEED" --save-every=500
-    stage train-sft  $LAUNCH scripts.chat_sft --run="$WANDB_RUN" --seed="$SEED" --aqua_train_examples=20000 --aqua_val_examples=254 \
+    stage base-loss  $LAUNCH scripts.base_loss --model-tag="$TAG"
+    stage train-mid  $LAUNCH scripts.mid_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --save-every=500
+    stage train-sft  $LAUNCH scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --aqua_train_examples=20000 --aqua_val_examples=254 \
                      --target-examples-per-step=$(( 4 * $(times_ranks 8) )) --save-every=500
-    stage train-rl   $LAUNCH scripts.chat_rl --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-600}" --max-new-tokens=128 \
+    stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-600}" --max-new-tokens=128 \
                      --examples-per-step="$(times_ranks 16)" ${RL_ARGS:-}
     for source in base mid sft rl; do
-        stage eval-$source $LAUNCH scripts.chat_eval -i $source -a AQUA --max-new-tokens=256
+        stage eval-$source $LAUNCH scripts.chat_eval -i $source -g "$TAG" -a AQUA --max-new-tokens=256
     done
-    stage compare    python -m scripts.chat_eval --compare "sft_d${DEPTH:-8}_AQUA" "rl_d${DEPTH:-8}_AQUA"
+    stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA" "rl_${TAG}_AQUA"
 fi
 stage report         python -m nanochat.report generate
 python -m nanochat.report summarize "$WANDB_RUN"
