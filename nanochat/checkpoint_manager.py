@@ -202,6 +202,13 @@ def start_or_resume(stage, model_tag, config, compute, model, optimizer):
     return LoopState(**{**meta["state"], "loader": shard["loader"]})
 
 
+def refuse_own_parent(stage, source, config):
+    """ValueError where a run would write into the folder of the checkpoint that it starts from, and in the end delete it."""
+    if source == stage and config.output_tag == config.model_tag:
+        raise ValueError(f"this run starts from the {stage} checkpoint {config.model_tag} and would replace it: give --output-tag, "
+                         f"for example --output-tag={config.model_tag}-2")
+
+
 def clear(folder):
     """Delete a folder's checkpoints, the meta files first, so that nothing torn is ever seen as whole."""
     for pattern in ("meta_*.json", "model_*.pt", "optim_*.pt"):

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from nanochat.checkpoint_manager import load_model, save_checkpoint, start_or_resume
+from nanochat.checkpoint_manager import load_model, refuse_own_parent, save_checkpoint, start_or_resume
 from nanochat.common import base_dir, compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.engine import Engine
@@ -89,6 +89,7 @@ def main(config):
     model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step)
     config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]}, "model_tag", "output_tag", "step")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
+    refuse_own_parent("rl", config.source, config)
     state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer)
     engine = Engine(model, tokenizer, max_rows=config.rows_in_flight)
     reference = None  # the model training starts from, also after a resume

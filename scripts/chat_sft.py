@@ -5,7 +5,7 @@
 """
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import load_model, save_checkpoint, start_or_resume
+from nanochat.checkpoint_manager import load_model, refuse_own_parent, save_checkpoint, start_or_resume
 from nanochat.common import base_dir, compute_cleanup, compute_init, print0
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.data_recipes import SFT, SFT_VALIDATION, chat_recipe, recipe
@@ -89,6 +89,7 @@ def main(config):
     config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"], "max_seq_len": model.config.sequence_len},
                      "model_tag", "output_tag", "step", "max_seq_len")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
+    refuse_own_parent("sft", config.source, config)
     state = start_or_resume("sft", config.output_tag, config, compute, model, optimizer)
     engine = Engine(model, tokenizer)
 

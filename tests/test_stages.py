@@ -80,6 +80,14 @@ def test_a_run_stopped_halfway_and_resumed_ends_at_the_same_bits(walked, tmp_pat
     assert logged(folder, stage, key) == logged(walked, stage, key)
 
 
+def test_a_run_never_replaces_the_checkpoint_it_starts_from(walked, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(walked))
+    for stage in ("sft", "rl"):
+        with pytest.raises(ValueError, match=f"starts from the {stage} checkpoint d2 and would replace it: give --output-tag"):
+            pipeline.run_stage(stage, source=stage, overwrite=True)
+        assert checkpoint(walked, stage)
+
+
 def test_two_ranks_are_one_process(walked, tmp_path):
     """The same tokens, the same loss curve to 1e-4, the same weights to 1e-4 after the last step."""
     folder = tmp_path / "base"
