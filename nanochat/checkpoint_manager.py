@@ -108,7 +108,7 @@ def read_meta(folder, step, with_optimizer_of=None):
     return meta
 
 
-def newest_whole(folder, rank=None, reject=()):
+def newest_whole(folder, rank=None):
     """The meta of the newest checkpoint that is whole, or None. Every torn one on the way is reported."""
     for step in reversed(saved_steps(folder)):
         try:
@@ -226,8 +226,3 @@ def check_same_run(saved, given, folder):
         raise ValueError(f"{folder} was trained with {', '.join(f'{name}={saved.get(name)}' for name in changed)}, now asked for "
                          f"{', '.join(f'{name}={given[name]}' for name in changed)}: repeat the old values to resume, or choose another --model-tag")
 
-
-def finished_checkpoint(stage, model_tag):
-    """The newest whole checkpoint's meta if it ended its stage, else None."""
-    meta = newest_whole(stage_dir(stage, model_tag))
-    return meta if meta and meta["finished"] else None

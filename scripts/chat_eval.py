@@ -9,6 +9,7 @@ Writes <base_dir>/eval/{stage}_{model_tag}_{task}.json and every answer beside i
 import hashlib
 import json
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from nanochat.common import base_dir, compute_cleanup, compute_init, print0, wri
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.report import add_section
-from tasks.common import get_task, message_text
+from tasks.common import get_task, load_jsonl, message_text
 from tasks.evaluation import Settings, evaluate
 from tasks.metrics import score, summarize
 from tasks.statistics import centred, compare, percent, verdict
@@ -185,14 +186,7 @@ def read_lines(path):
     """The records of an answers file, without lines that a kill has torn."""
     if not path.is_file():
         return
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("index"), int):
-                yield record
+    yield from (record for record in load_jsonl(path, skipped=Counter()) if isinstance(record.get("index"), int))
 
 
 def find_answers(name):

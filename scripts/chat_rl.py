@@ -39,7 +39,7 @@ class Config:
     run: str = "dummy"                  # name of the wandb run ("dummy" = no wandb)
     task: str = "AQUA"                  # task to learn: AQUA or GSM8K, or any other whose answers can be checked
     source: str = "sft"                 # stage to start from: mid, sft or rl
-    model_tag: str | None = None        # folder of the parent checkpoint  (None = the one saved last)
+    model_tag: str | None = None        # folder of the parent checkpoint (None = the one saved last)
     output_tag: str | None = None       # folder of the result (None = the parent's)
     step: int | None = None             # step of the parent checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)

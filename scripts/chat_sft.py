@@ -26,7 +26,7 @@ class Config:
     """Supervised fine-tuning: loss on the assistant's tokens only, one conversation per row."""
     run: str = "dummy"                  # name of the wandb run ("dummy" = no wandb)
     source: str = "mid"                 # stage to start from: base, mid, sft or rl
-    model_tag: str | None = None        # folder of the parent checkpoint  (None = the one saved last)
+    model_tag: str | None = None        # folder of the parent checkpoint (None = the one saved last)
     output_tag: str | None = None       # folder of the result (None = the parent's)
     step: int | None = None             # step of the parent checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)

@@ -23,7 +23,7 @@ from tasks.common import build_mixture, get_task
 class Config:
     """Mid-training: the conversation format, multiple choice and tool use, on rows packed full of conversations."""
     run: str = "dummy"                  # name of the wandb run ("dummy" = no wandb)
-    model_tag: str | None = None        # folder of the base checkpoint  (None = the one saved last)
+    model_tag: str | None = None        # folder of the base checkpoint (None = the one saved last)
     output_tag: str | None = None       # folder of the result (None = the parent's)
     step: int | None = None             # step of the base checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)

@@ -22,7 +22,7 @@ from nanochat.configurator import config_dict, parse
 from nanochat.engine import Engine, Request, message_parts
 from nanochat.report import add_section
 from tasks.aqua import permuted
-from tasks.common import get_task, message_text
+from tasks.common import get_task, load_jsonl, message_text
 from tasks.statistics import accuracy_interval, percent
 
 TRAIN_SPLITS = ("train", "auxiliary_train")
@@ -241,14 +241,9 @@ class Journal:
         """{(task, index): record}"""
         records = {}
         for path in sorted(self.output.parent.glob(f"{self.output.name}.rank*.part")):
-            with open(path, encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue
-                    if isinstance(record, dict) and self.keys.get(record.get("task")) == record.get("key") is not None:
-                        records[record["task"], record["index"]] = record
+            for record in load_jsonl(path, skipped=Counter()):  # lines that a kill has torn are passed over
+                if self.keys.get(record.get("task")) == record.get("key") is not None:
+                    records[record["task"], record["index"]] = record
         return records
 
     def keep(self, record):

@@ -64,7 +64,8 @@ def test_what_is_saved_is_what_is_loaded(run):
     model, tokenizer, meta = manager.load_model("base", device="cpu", phase="eval", dtype="float32")
     assert torch.equal(weights(model), weights(run.model))
     assert (meta["step"], meta["finished"], model.training) == (3, True, False)
-    assert manager.finished_checkpoint("base", "d1")["step"] == 3
+    newest = manager.newest_whole(run.folder)
+    assert newest["finished"] and newest["step"] == 3
 
 
 def test_a_resumed_run_is_one_that_never_stopped(run):

@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -118,7 +119,6 @@ def peak_of_loss(vocab_size, compute, rows=4096, width=64):
         return (torch.cuda.max_memory_allocated() - sizes) / 1e6
     before, peak = resident(), 0
     gc.collect()
-    import threading
     stop = threading.Event()
 
     def watch():
