@@ -42,6 +42,14 @@ def take(loader, count):
     return [next(loader) for _ in range(count)]
 
 
+def data_metrics(loader, compute):
+    """What the loader had to do with the data so far, over all ranks: conversations cut to the limit, items without anything to
+    train on, the share of target positions that are padding, and passes over the data."""
+    counts = {name: int(compute.sum(count)) for name, count in loader.counts.items()}
+    return {"data/truncated": counts["truncated"], "data/untrained": counts["skipped"],
+            "data/padding_share": counts["padding"] / max(1, counts["positions"]), "data/epoch": loader.progress}
+
+
 def accumulate(loss_sum, batches, compute):
     """Gradients of the mean loss over all target tokens of all micro-batches and ranks -> (that mean, number of tokens).
 

@@ -18,7 +18,7 @@ from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
 from nanochat.tokenizer import get_tokenizer
-from nanochat.training import Throughput, accumulate, every, num_micro_batches, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, take
 
 SAMPLE_PROMPTS = ("The capital of France is", "If 5 x + 3 = 13 then x =", "The opposite of hot is", "12 + 7 =")
 
@@ -108,7 +108,7 @@ def main(config):
             val = evaluate_bpb(losses, take(val_batches, eval_batches), token_bytes, compute)
             val_batches.close()
             val_bpb = val["bpb"]
-            logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"]})
+            logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"], **data_metrics(train_batches, compute)})
         if every(config.sample_every, step, num_steps) and compute.is_master:
             logger.log_text(step, "samples", "\n".join(sample_texts(model, tokenizer)))
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:

@@ -16,7 +16,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay, muon_momentum
-from nanochat.training import Throughput, accumulate, every, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, data_metrics, every, optimizer_step, seed_everything, take
 from tasks.common import TaskMixture, best_constant, build_mixture
 from tasks.evaluation import quick_accuracy
 
@@ -130,7 +130,7 @@ def main(config):
             val = evaluate_bpb(model, take(val_batches, min(config.eval_steps, one_pass)), token_bytes, compute)
             val_batches.close()
             metrics.update({"val/bpb": val["bpb"], "val/loss": val["loss"]})
-            logger.log(step, {"val/bpb": val["bpb"], "val/loss": val["loss"]})
+            logger.log(step, {"val/bpb": val["bpb"], "val/loss": val["loss"], **data_metrics(train_batches, compute)})
         if judged_task and every(config.eval_metrics_every, step, num_steps):
             engine.refresh()
             accuracy = quick_accuracy(judged_task, engine, tokenizer, compute, config.eval_metrics_max_problems, config.max_new_tokens)
@@ -151,10 +151,12 @@ def main(config):
         state.loader = train_batches.state()
         logger.log(step, {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr_mult": lr_mult, "train/tokens": state.tokens, **speed})
 
+    data = data_metrics(train_batches, compute)
     if compute.is_master:
         add_section("sft", f"Supervised fine-tuning of `{config.model_tag}` from {config.source} on recipe `{config.sft_recipe}`: "
-                    f"{num_steps * config.target_examples_per_step:,} conversations in {state.seconds:.0f} s.",
-                    {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, **metrics})
+                    f"{num_steps * config.target_examples_per_step:,} conversations in {state.seconds:.0f} s; "
+                    f"cut to {config.max_seq_len} tokens: {data['data/truncated']}, without a trained token: {data['data/untrained']}.",
+                    {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, **metrics, **data})
     train_batches.close()
     logger.close()
     compute_cleanup()

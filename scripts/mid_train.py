@@ -15,7 +15,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
-from nanochat.training import Throughput, accumulate, every, num_micro_batches, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, take
 from tasks.common import build_mixture, get_task
 
 
@@ -100,7 +100,7 @@ def main(config):
             val = evaluate_bpb(losses, take(val_batches, max(1, eval_tokens // tokens_per_pass)), token_bytes, compute)
             val_batches.close()
             val_bpb = val["bpb"]
-            logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"]})
+            logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"], **data_metrics(train_batches, compute)})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
             save_checkpoint("mid", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
         if step == num_steps:
@@ -115,10 +115,12 @@ def main(config):
         state.loader = train_batches.state()
         logger.log(step, {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr_mult": lr_mult, "train/tokens": state.tokens, **speed})
 
+    data = data_metrics(train_batches, compute)
     if compute.is_master:
         add_section("mid", f"Mid-training of `{config.model_tag}` on recipe `{config.recipe}`: {state.tokens:,} target tokens in "
-                    f"{state.seconds:.0f} s.", {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds,
-                                                "val_bpb": val_bpb, "conversations": len(train_task)})
+                    f"{state.seconds:.0f} s; cut to {config.max_seq_len} tokens: {data['data/truncated']}.",
+                    {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, "val_bpb": val_bpb,
+                     "conversations": len(train_task), **data})
     train_batches.close()
     logger.close()
     compute_cleanup()
