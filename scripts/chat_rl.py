@@ -19,6 +19,7 @@ from nanochat.configurator import config_dict, inherit, parse
 from nanochat.engine import Engine
 from nanochat.interpretability.attention_metrics import attention_metrics
 from nanochat.interpretability.plots import save_attention_pictures
+from nanochat.interpretability.rollout_log import log_rollouts
 from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.rl.algorithm import group_advantages, groups_with_signal, reinforce_loss
@@ -150,7 +151,7 @@ def main(config):
             for rollout, advantage in zip(group, row):
                 rollout.advantage = advantage
         if every(config.rollouts_every, step, num_steps):
-            logger.log_text(step, "rollouts", [row for group in groups[:2] for row in rollout_rows(group)])
+            log_rollouts(logger, step, groups[:2], conversations, extract_answer)
         taught = [rollout for group, signal in zip(groups, groups_with_signal(outcomes)) if signal for rollout in group]
         batches = make_batches(taught, config.device_batch_size, tokenizer.bos_id, compute.device)
         count = compute.sum(sum(int((batch.targets != -1).sum()) for batch in batches))
@@ -184,12 +185,6 @@ def main(config):
                     {"config": config_dict(config), "tokens": state.tokens, "seconds": state.seconds, **accuracy})
     logger.close()
     compute_cleanup()
-
-
-def rollout_rows(group):
-    """A group as a table that people read."""
-    return [{"completion": rollout.text, "letter": extract_answer(rollout.text) or "none", **{f"reward/{name}": value for name, value in rollout.rewards.items()},
-             "advantage": round(rollout.advantage, 3), "finish": rollout.finish_reason} for rollout in group]
 
 
 def problems_of_step(step, config, num_problems):
