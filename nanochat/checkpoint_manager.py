@@ -20,6 +20,7 @@ import torch
 
 from nanochat.common import Compute, base_dir, compute_init, print0, write_atomic
 from nanochat.configurator import config_dict
+from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import LoopState, rng_state, set_rng_state
@@ -85,8 +86,9 @@ def saved_steps(folder):
     return sorted(int(match[1]) for match in found if match)
 
 
-def read_meta(folder, step, with_optimizer_of=None):
-    """The meta file of a step, its model file (and one rank's shard) checked against the checksums. ValueError says what is wrong."""
+def read_meta(folder, step, shards_for=None):
+    """The meta file of a step; its model file, and the shards that a Compute needs to go on, checked against the checksums.
+    ValueError says what is wrong."""
     path = folder / f"meta_{step:06d}.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -94,10 +96,9 @@ def read_meta(folder, step, with_optimizer_of=None):
         raise ValueError(f"{path} cannot be read ({error}): delete it, the next older checkpoint will be used") from error
     if "files" not in meta:
         raise ValueError(f"{path} lists no files, so it is not a checkpoint of this project: import it with scripts.export_to_hf --import")
-    wanted = [f"model_{step:06d}.pt"] + ([] if with_optimizer_of is None else [f"optim_{step:06d}_rank{with_optimizer_of}.pt"])
-    for name in wanted:
+    for name in [f"model_{step:06d}.pt"] + ([] if shards_for is None else shard_names(meta, shards_for)):
         if name not in meta["files"]:
-            raise ValueError(f"{path} was written by {meta.get('world_size')} processes and has no {name}: resume with that number of processes")
+            raise ValueError(f"{path} does not list {name}: it is not a checkpoint of this project, or was edited")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing although {path.name} lists it: the checkpoint is not whole")
         with open(folder / name, "rb") as file:
@@ -108,11 +109,17 @@ def read_meta(folder, step, with_optimizer_of=None):
     return meta
 
 
-def newest_whole(folder, rank=None):
+def shard_names(meta, compute):
+    """The shards this rank needs: its own, or where the number of ranks has changed those of all the old ranks."""
+    ranks = [compute.rank] if meta["world_size"] == compute.world_size else range(meta["world_size"])
+    return [f"optim_{meta['step']:06d}_rank{rank}.pt" for rank in ranks]
+
+
+def newest_whole(folder, shards_for=None):
     """The meta of the newest checkpoint that is whole, or None. Every torn one on the way is reported."""
     for step in reversed(saved_steps(folder)):
         try:
-            return read_meta(folder, step, with_optimizer_of=rank)
+            return read_meta(folder, step, shards_for)
         except ValueError as error:
             print0(f"skipping checkpoint {step}: {error}")
     return None
@@ -172,13 +179,14 @@ def check_tokenizer(tokenizer, meta, folder):
 
 def start_or_resume(stage, model_tag, config, compute, model, optimizer):
     """-> LoopState: a new one, or with config.resume that of the newest checkpoint whole on all ranks, with model, optimizer and
-    random-number generators filled from it.
+    random-number generators filled from it. The number of ranks may have changed: optimizer and loader are divided anew.
 
-    Without config.resume the folder must be empty, or config.overwrite set, which empties it. ValueError otherwise, and where
-    a resumed run's config differs from the saved one in a field that decides what is learned.
+    Without config.resume the folder must be empty, or config.overwrite set, which empties it. A process that torchrun has
+    restarted after a failure resumes in any case. ValueError where the folder is not empty, and where a resumed run's config
+    differs from the saved one in a field that decides what is learned.
     """
     folder = stage_dir(stage, model_tag)
-    if not config.resume:
+    if not config.resume and not compute.restarts:
         steps = saved_steps(folder)
         if steps and not config.overwrite:
             raise ValueError(f"{folder} already holds {stage} checkpoints up to step {steps[-1]}: --resume goes on from there, "
@@ -188,18 +196,20 @@ def start_or_resume(stage, model_tag, config, compute, model, optimizer):
             clear(folder)
         compute.barrier()
         return LoopState()
-    mine = newest_whole(folder, rank=compute.rank)
+    mine = newest_whole(folder, compute)
     steps = compute.gather_objects(mine["step"] if mine else -1)
     if min(steps) < 0:
         return LoopState()
-    meta = read_meta(folder, min(steps), with_optimizer_of=compute.rank)
+    meta = read_meta(folder, min(steps), compute)
     check_same_run(meta["config"], config_dict(config), folder)
     model.load_state_dict(read_tensors(folder / f"model_{meta['step']:06d}.pt"))
-    shard = read_tensors(folder / f"optim_{meta['step']:06d}_rank{compute.rank}.pt")
-    optimizer.load_state_dict(shard["optimizer"])
-    set_rng_state(shard["rng"])
-    print0(f"resuming {stage} {model_tag} at step {meta['step']}")
-    return LoopState(**{**meta["state"], "loader": shard["loader"]})
+    shards = [read_tensors(folder / name) for name in shard_names(meta, compute)]
+    optimizer.load_state_dict(*(shard["optimizer"] for shard in shards))
+    set_rng_state(shards[0]["rng"])
+    loader = shards[0]["loader"] if len(shards) == 1 else merge_states([shard["loader"] for shard in shards])
+    change = "" if meta["world_size"] == compute.world_size else f", saved by {meta['world_size']} ranks, on {compute.world_size}"
+    print0(f"resuming {stage} {model_tag} at step {meta['step']}{change}")
+    return LoopState(**{**meta["state"], "loader": loader})
 
 
 def refuse_own_parent(stage, source, config):

@@ -14,7 +14,8 @@ def env(name, default=None):
     """The value of an environment variable, or `default` where it is unset or empty: places and secrets only, never hyperparameters.
 
     Read by this project: NANOCHAT_BASE_DIR, NANOCHAT_DATA_DIR, NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, HF_TOKEN, HF_ENDPOINT,
-    WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_API_KEY, NANOCHAT_TEST_DATA, NANOCHAT_PEER_RUSTBPE, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE.
+    WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_API_KEY, NANOCHAT_TEST_DATA, NANOCHAT_PEER_RUSTBPE, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
+    TORCHELASTIC_RESTART_COUNT.
     """
     return os.environ.get(name) or default
 
@@ -52,6 +53,7 @@ class Compute:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    restarts: int = 0  # how often torchrun has started this job anew after a failure
 
     @property
     def is_master(self):
@@ -112,8 +114,8 @@ def cpu_flags():
 
 def compute_init(device_type="", dtype=""):
     """Choose device and dtype ("" = the best this machine has), join torchrun's process group if there is one -> Compute."""
-    rank, local_rank, world_size = (int(env(name, default)) for name, default in
-                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, local_rank, world_size, restarts = (int(env(name, default)) for name, default in (
+        ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "0")))
     if device_type not in ("", "cpu", "cuda", "mps"):
         raise ValueError(f"device_type={device_type!r} is not one of cuda, mps, cpu: leave it empty to choose the best there is")
     if dtype and dtype not in DTYPES:
@@ -136,7 +138,7 @@ def compute_init(device_type="", dtype=""):
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    return Compute(device, DTYPES[dtype] if dtype else native_dtype(device), rank, local_rank, world_size)
+    return Compute(device, DTYPES[dtype] if dtype else native_dtype(device), rank, local_rank, world_size, restarts)
 
 
 def compute_cleanup():

@@ -159,7 +159,10 @@ class PaddedLoader(Loader):
 
 
 def merge_states(states):
-    """The states of all ranks after the same step -> one state from which 1, 2, 4 or 8 ranks can go on."""
+    """The states of all ranks after the same step -> one state from which 1, 2, 4 or 8 ranks can go on. A stage without a loader
+    has empty states, which stay empty."""
+    if not any(states):
+        return {}
     assert len({state["num_micro_batches"] for state in states}) == 1, [state["num_micro_batches"] for state in states]
     return {**states[0], "lanes": {number: lane for state in states for number, lane in state["lanes"].items()}}
 

@@ -32,6 +32,15 @@ class Bundle:
     def mine(self, whole):
         return whole[self.rank * self.share:(self.rank + 1) * self.share]
 
+    def share_of(self, shards, is_mine):
+        """The shards of one state tensor -> this rank's: the only one as it is, or those of other ranks joined, their padding cut
+        off, and divided anew."""
+        if is_mine:
+            return shards[0]
+        whole = torch.cat(shards)[:self.rows]
+        missing = self.share * self.world_size - self.rows
+        return self.mine(torch.cat((whole, whole.new_zeros(missing, *whole.shape[1:])))).clone()
+
 
 class MuonAdamW:
     """`zero_grad()`, `step(lr_mult, grad_clip, momentum) -> gradient norm`, `state_dict()`, `load_state_dict()`.
@@ -122,13 +131,19 @@ class MuonAdamW:
         return {"rank": self.compute.rank, "world_size": self.compute.world_size,
                 "bundles": [{"names": bundle.names, "state": bundle.state} for bundle in self.bundles]}
 
-    def load_state_dict(self, saved):
-        """Take back what `state_dict` gave. ValueError where the ranks or the parameters are not the ones that were saved."""
-        if (saved["rank"], saved["world_size"]) != (self.compute.rank, self.compute.world_size):
-            raise ValueError(f"optimizer state of rank {saved['rank']} of {saved['world_size']} cannot serve rank {self.compute.rank} of "
-                             f"{self.compute.world_size}: resume with the same number of processes")
-        for bundle, entry in zip(self.bundles, saved["bundles"], strict=True):
-            if bundle.names != entry["names"]:
-                raise ValueError(f"the optimizer state is of {entry['names'][:2]}..., this model has {bundle.names[:2]}...: another architecture")
-            bundle.state = {key: value.to(bundle.weights[0].device) if isinstance(value, torch.Tensor) else value
-                            for key, value in entry["state"].items()}
+    def load_state_dict(self, *saved):
+        """Take back what `state_dict` gave: this rank's own, or, where the number of ranks has changed, that of every old rank in
+        order, from which this rank cuts its share. ValueError where ranks or parameters are not the ones that were saved."""
+        own = (self.compute.rank, self.compute.world_size)
+        if len(saved) == 1 and (saved[0]["rank"], saved[0]["world_size"]) != own and saved[0]["world_size"] != 1:
+            raise ValueError(f"the optimizer state of rank {saved[0]['rank']} of {saved[0]['world_size']} alone cannot serve rank {own[0]} of {own[1]}: "
+                             f"give the states of all {saved[0]['world_size']} ranks, or resume with {saved[0]['world_size']} processes")
+        for place, bundle in enumerate(self.bundles):
+            entries = [part["bundles"][place] for part in saved]
+            if any(entry["names"] != bundle.names for entry in entries):
+                raise ValueError(f"the optimizer state is of {entries[0]['names'][:2]}..., this model has {bundle.names[:2]}...: another architecture")
+            states = [entry["state"] for entry in entries]
+            is_mine = (saved[0]["rank"], saved[0]["world_size"]) == own
+            device = bundle.weights[0].device
+            bundle.state = {key: bundle.share_of([state[key] for state in states], is_mine).to(device) if isinstance(value, torch.Tensor) else value
+                            for key, value in states[0].items()}

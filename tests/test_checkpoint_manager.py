@@ -149,15 +149,21 @@ def test_an_earlier_run_is_neither_overwritten_nor_continued_unasked(run):
     assert manager.saved_steps(run.folder) == []
 
 
-def test_another_tokenizer_and_another_number_of_ranks_are_refused(run, monkeypatch):
+def test_another_tokenizer_and_an_unknown_stage_are_refused(run, monkeypatch):
     run.save(1)
     monkeypatch.setattr(manager, "get_tokenizer", lambda: SimpleNamespace(fingerprint="e" * 64))
     with pytest.raises(ValueError, match="was trained with tokenizer ffffffffffff"):
         manager.load_model("base")
-    with pytest.raises(ValueError, match="resume with that number of processes"):
-        manager.read_meta(run.folder, 1, with_optimizer_of=1)
     with pytest.raises(ValueError, match="no stage 'chatsft'"):
         manager.load_model("chatsft")
+
+
+def test_a_process_that_torchrun_restarted_resumes_whatever_its_flags_say(run):
+    run.save(1)
+    model = GPT(config_from_depth(1, 64, 16, head_dim=32))
+    restarted = Compute(torch.device("cpu"), torch.float32, restarts=1)
+    state = manager.start_or_resume("base", "d1", Config(resume=False, overwrite=True), restarted, model, MuonAdamW(model, CPU))
+    assert state.step == 1 and torch.equal(weights(model), weights(run.model))
 
 
 def test_a_foreign_meta_file_is_said_to_be_foreign(run):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from nanochat.adamw import adamw_update
+from nanochat.common import Compute
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.muon import muon_update, orthogonalize
 from nanochat.optim import MuonAdamW
@@ -56,8 +57,33 @@ def test_every_parameter_is_updated_once_and_clipping_scales_the_gradient():
     assert optimizer.step(grad_clip=1e-3) == pytest.approx(float(norm), rel=1e-5)
 
 
-def test_a_state_of_other_ranks_is_refused_with_the_numbers():
+def of_ranks(model, world_size):
+    return [MuonAdamW(model, Compute(torch.device("cpu"), torch.float32, rank, rank, world_size)) for rank in range(world_size)]
+
+
+def test_state_divided_over_other_numbers_of_ranks_and_joined_again_is_the_same_state():
+    model = GPT(config_from_depth(3, 61, 16, head_dim=32))  # 61 rows and stacks of 3 and 12 divide by neither 2 nor 8
+    model.init_weights()
+    whole = MuonAdamW(model, None)
+    inputs = torch.arange(16)[None]
+    for _ in range(2):
+        model(inputs, inputs.roll(-1, 1)).backward()
+        whole.step()
+        whole.zero_grad()
+    states = [whole.state_dict()]
+    for world_size in (2, 8, 3, 1):
+        ranks = of_ranks(model, world_size)
+        for optimizer in ranks:
+            optimizer.load_state_dict(*states)
+        states = [optimizer.state_dict() for optimizer in ranks]
+    (joined,) = states
+    for mine, theirs in zip(joined["bundles"], whole.state_dict()["bundles"], strict=True):
+        for key, value in theirs["state"].items():
+            assert torch.equal(torch.as_tensor(mine["state"][key]), torch.as_tensor(value)), (mine["names"], key)
+
+
+def test_one_of_several_old_shards_is_refused_with_the_numbers():
     model = GPT(config_from_depth(1, 64, 16, head_dim=32))
     optimizer = MuonAdamW(model, None)
-    with pytest.raises(ValueError, match="rank 1 of 2 cannot serve rank 0 of 1"):
+    with pytest.raises(ValueError, match="rank 1 of 2 alone cannot serve rank 0 of 1: give the states of all 2 ranks"):
         optimizer.load_state_dict({**optimizer.state_dict(), "rank": 1, "world_size": 2})

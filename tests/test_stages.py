@@ -107,6 +107,29 @@ def test_two_ranks_are_one_process(walked, tmp_path):
         shutil.copytree(walked / pipeline.FOLDERS[stage] / "d2", folder / pipeline.FOLDERS[stage] / "d2")
 
 
+def test_the_number_of_ranks_may_change_in_the_middle(walked, tmp_path):
+    """One process up to step 4, then two; and two up to step 4, then one: both end where one process ends."""
+    folder = tmp_path / "base"
+    shutil.copytree(walked, folder)
+    tag = folder / pipeline.FOLDERS["mid"] / "d2"
+
+    def forget_the_end():
+        for path in tag.glob("*_000006*"):
+            path.unlink()
+
+    for ranks in (2, 1):
+        forget_the_end()
+        output = finish(start(folder, "mid", "--resume", ranks=ranks))
+        assert f"at step 4, saved by {3 - ranks} ranks, on {ranks}" in output
+        assert logged(folder, "mid", "train/loss") == pytest.approx(logged(walked, "mid", "train/loss"), abs=1e-4)
+        mine, theirs = checkpoint(folder, "mid"), checkpoint(walked, "mid")
+        for name in theirs:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-3)
+        if ranks == 2:
+            shutil.rmtree(tag)
+            finish(start(folder, "mid", ranks=2))
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments_never_changes_the_end(walked, tmp_path):
     """20 kills over all stages; each time the stage is started again with --resume until it ends."""
