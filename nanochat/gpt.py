@@ -62,7 +62,8 @@ class Linear(nn.Linear):
 
 def rotary_table(length, head_dim, device, base=10000.0):
     """cos and sin of position times frequency, each (length, D/2) float32 (RoFormer, arXiv 2104.09864)."""
-    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    # a quotient, not a negative power: the reference and Hugging Face round like this, and with it our logits are theirs to the bit
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     return angles.cos(), angles.sin()
 
