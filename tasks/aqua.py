@@ -59,6 +59,16 @@ class LetterTask(Task):
         super().__init__(**slicing)
         self.format_bonus = format_bonus                # reward for any valid letter; 0 switches it off
 
+    def question(self, conversation):
+        prompt = super().question(conversation)
+        try:
+            return split_choices(prompt, conversation["letters"])[0]
+        except ValueError:                              # a prepared row that shows its options in another way
+            return prompt
+
+    def find_answer(self, conversation, text):
+        return extract_answer(text, conversation["letters"])
+
     def is_correct(self, conversation, completion):
         return extract_answer(completion, conversation["letters"]) == conversation["answer_letter"]
 
@@ -276,12 +286,17 @@ class AQUA(LetterTask):
         # a rationale that speaks of "option B" would become wrong in another order
         if not self.permute_options or "the rationale names a letter" in flags:
             return conversation
-        n = len(conversation["letters"])
-        order = random.Random(f"{self.seed}|{index}").sample(range(n), n)
-        right = conversation["letters"].index(conversation["answer_letter"])
-        target = balanced(range(n), index, self.seed)   # where the right option shall stand
-        order[order.index(right)], order[target] = order[target], right
-        return permuted(conversation, order)
+        return in_new_order(conversation, index, self.seed)
+
+
+def in_new_order(conversation, visit, seed):
+    """The conversation with its choices in an order that the visit's number decides; over visits the right letters are balanced."""
+    n = len(conversation["letters"])
+    order = random.Random(f"{seed}|{visit}").sample(range(n), n)
+    right = conversation["letters"].index(conversation["answer_letter"])
+    target = balanced(range(n), visit, seed)            # where the right option shall stand
+    order[order.index(right)], order[target] = order[target], right
+    return permuted(conversation, order)
 
 
 def load_rows(split, data_dir, skipped):

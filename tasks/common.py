@@ -13,7 +13,7 @@ from collections import Counter
 
 import tasks
 
-NOT_TASKS = {"common", "evaluation", "rewards", "algebra_kinds"}  # files of this folder that register nothing
+NOT_TASKS = {"common", "evaluation", "problems", "rewards", "algebra_kinds"}  # files of this folder that register nothing
 _registry = {}                                          # lower-case name -> (name, random_accuracy, factory, presets)
 
 
@@ -52,6 +52,15 @@ class Task:
     def __iter__(self):
         indices = self._indices()
         return (self.get_example(index) for index in indices)
+
+    def question(self, conversation):
+        """What is asked, without options and instructions: the text that must not turn up in training data."""
+        users = [message for message in conversation["messages"] if message["role"] == "user"]
+        return conversation.get("question") or message_text(users[-1])
+
+    def find_answer(self, conversation, text):
+        """The answer that a completion's text gives, in one spelling for equal ones; None if it gives none. Equal answers vote together."""
+        return None
 
     def is_correct(self, conversation, completion):
         """True if the completion's text answers the conversation."""

@@ -62,13 +62,14 @@ def evaluate(task, engine, tokenizer, compute, settings, known=None, keep=None, 
     return sorted((record for part in compute.gather_objects(list(records.values())) for record in part), key=lambda record: record["index"])
 
 
-def quick_accuracy(task, engine, tokenizer, compute, max_problems, max_new_tokens):
-    """Greedy accuracy on the first problems of a task, as metrics for a training log."""
-    settings = Settings(mode="generative", max_new_tokens=max_new_tokens, letters=False)
+def quick_accuracy(task, engine, tokenizer, compute, max_problems, max_new_tokens, num_samples=1, temperature=0.0):
+    """Accuracy on the first problems of a task, greedy unless told otherwise, as metrics for a training log; with samples pass@k and maj@k."""
+    settings = Settings(mode="generative", max_new_tokens=max_new_tokens, letters=False, num_samples=num_samples, temperature=temperature)
     records = evaluate(task, engine, tokenizer, compute, settings, max_problems=max_problems)
     metrics = summarize(records, task.random_accuracy)
     names = ("accuracy", "ci_low", "ci_high", "parse_failures", "truncated", "mean_tokens")
-    return {f"eval/{name}": metrics[name] for name in names if metrics[name] is not None}
+    at_k = {f"{name}@{k}": value for name in ("pass", "maj") for k, value in metrics.get(f"{name}@k", {}).items()}
+    return {f"eval/{name}": metrics[name] for name in names if metrics[name] is not None} | {f"eval/{name}": value for name, value in at_k.items()}
 
 
 def start_record(task, index, conversation, known=None):
@@ -88,7 +89,7 @@ def find_answer(task, conversation, text):
     """The answer that a completion gives, or None if it gives none or the task's answers cannot be put into a word."""
     if "letters" in conversation:
         return extract_answer(text, conversation["letters"])
-    return task.extract(text) if hasattr(task, "extract") else None
+    return task.find_answer(conversation, text)
 
 
 def write_answers(task, conversations, records, engine, tokenizer, settings, keep):

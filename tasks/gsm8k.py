@@ -25,8 +25,7 @@ def extract_number(text):
 class NumberTask(Task):
     """A task whose answers end with a line `#### number`. Equal values are equal answers: 1,000 is 1000.0."""
 
-    def extract(self, text):
-        """The value answered with, in one spelling for equal values, or None."""
+    def find_answer(self, conversation, text):
         number = extract_number(text)
         return None if number is None else str(parse_number(number))
 

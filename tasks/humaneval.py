@@ -45,8 +45,9 @@ def judged_program(prompt, code, entry_point, test, mark):
 class HumanEval(Task):
     """The one split, test, from data_dir/HumanEval.jsonl or from the Hub."""
 
-    def __init__(self, split="test", data_dir=None, **kwargs):
+    def __init__(self, split="test", data_dir=None, allow_weak=False, **kwargs):
         super().__init__(**kwargs)
+        self.allow_weak = allow_weak                    # run the model's code without a sandbox where there is none
         self.rows = load_split("openai/openai_humaneval", "openai_humaneval", split, ("test",), data_dir, "HumanEval.jsonl")
 
     def num_examples(self):
@@ -56,7 +57,7 @@ class HumanEval(Task):
         row = self.rows[index]
         return {"messages": [{"role": "user", "content": f"Complete this Python function:\n```python\n{row['prompt'].rstrip()}\n```"},
                              {"role": "assistant", "content": f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"}],
-                "entry_point": row["entry_point"], "prompt": row["prompt"], "test": row["test"]}
+                "question": row["prompt"], "entry_point": row["entry_point"], "prompt": row["prompt"], "test": row["test"]}
 
     def is_correct(self, conversation, completion):
         code = extract_code(completion)
@@ -64,5 +65,5 @@ class HumanEval(Task):
             return False
         mark = secrets.token_hex(16)
         program = judged_program(conversation["prompt"], code, conversation["entry_point"], conversation["test"], mark)
-        result = run_python(program, timeout_s=SECONDS)
+        result = run_python(program, timeout_s=SECONDS, allow_weak=self.allow_weak)
         return result.success and result.stdout.rstrip().endswith(mark)

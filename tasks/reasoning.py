@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tasks.common import Task, message_text
 from tasks.jsonl_chat import check_messages
+from tasks.latex import last_boxed
 from tasks.rewards import parse_number
 
 MODES = ("cot", "answer_only")
@@ -148,19 +149,6 @@ def normalized_answer(text):
     return (answer if number is None else str(number)) or None
 
 
-def last_boxed(text):
-    """The content of the last \\boxed{...}, its braces balanced; None if there is none or it never closes."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start, depth = start + len("\\boxed{"), 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start:place]
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks
 
@@ -226,8 +214,7 @@ class ReasoningTask(Task):
     def get_example(self, index):
         return self.read(self.rows[self.places[index]])[0]
 
-    def extract(self, text):
-        """The answer a text gives, in one spelling for equal answers, or None."""
+    def find_answer(self, conversation, text):
         return normalized_answer(text)
 
     def is_correct(self, conversation, completion):

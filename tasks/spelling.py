@@ -60,6 +60,9 @@ class SimpleSpelling(SpellingTask, Task):
         return {"messages": [{"role": "user", "content": f"Spell the word: {word}"},
                              {"role": "assistant", "content": f"{word}: {','.join(word)}"}]}
 
+    def find_answer(self, conversation, text):
+        return normalize(text) or None
+
     def is_correct(self, conversation, completion):
         return normalize(completion) == normalize(message_text(conversation["messages"][-1]))
 

@@ -12,6 +12,7 @@ from tasks.common import Task, get_task, message_text, task_names
 from tasks.gsm8k import answer_parts, extract_number
 from tasks.humaneval import extract_code
 from tasks.rewards import same_number
+from tests.test_bbh import write_bbh
 
 DATA = Path(os.environ.get("NANOCHAT_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -23,6 +24,11 @@ GSM_ROW = {"question": "Half of 10, doubled?", "answer": "Half is 10/2 = <<10/2=
 EVAL_ROW = {"task_id": "t/0", "prompt": 'import math\n\ndef root(x):\n    """ The square root.\n    """\n', "entry_point": "root",
             "canonical_solution": "    return math.sqrt(x)\n", "test": "def check(candidate):\n    assert candidate(9) == 3\n"}
 THOUGHT = "<think>\n2 and 2 are 4.\n</think>\n\nThe answer is 4."
+MATH_ROW = {"problem": "If $2x + 3 = 11$, what is $x$?", "level": "Level 2", "type": "Algebra", "solution": "So $2x = 8$ and $x = \\boxed{4}$."}
+MBPP_ROW = {"task_id": 11, "text": "Write a function to add one.", "code": "def inc(x):\r\n    return x + 1", "test_list": ["assert inc(1) == 2", "assert inc(5) == 6"],
+            "test_setup_code": "", "challenge_test_list": []}
+SANITIZED_ROW = {"task_id": 11, "prompt": "Write a function for the area of a circle.", "code": "def area(r):\n    return math.pi * r * r",
+                 "test_list": ["assert math.isclose(area(2), 12.566370614)"], "test_imports": ["import math"]}
 FILES = {                                               # name -> (file, rows, the argument that takes the file's path, if not its folder)
     "AQUA": ("test.jsonl", [{"question": "1+1?", "options": ["A)1", "B)2", "C)3", "D)4", "E)5"], "rationale": "1+1=2", "correct": "B"}]),
     "ARC-Easy": ("arc_easy_test.jsonl", [ARC_ROW]), "ARC-Challenge": ("arc_challenge_test.jsonl", [ARC_ROW]),
@@ -31,6 +37,8 @@ FILES = {                                               # name -> (file, rows, t
     "JsonlChat": ("chat.jsonl", [CHAT], "path"), "CustomJSON": ("chat.jsonl", [CHAT], "path"),
     "OpenThoughts": ("traces.jsonl", [{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": THOUGHT}]}], "local_path"),
     "DolciThink": ("traces.jsonl", [{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": THOUGHT}]}], "local_path"),
+    "MATH": ("test.jsonl", [MATH_ROW]), "MATH-500": ("math_500.jsonl", [{**MATH_ROW, "subject": "Algebra", "level": 2}]),
+    "MBPP": ("test.jsonl", [MBPP_ROW]), "MBPP-Sanitized": ("test.jsonl", [SANITIZED_ROW]), "BBH": ("", []),
     "ALGEBRA": None, "SimpleSpelling": None, "SpellingBee": None,
 }
 
@@ -45,6 +53,8 @@ def build(name, folder):
         pytest.fail(f"{name} is registered but unknown to this test: add a file with its rows to FILES")
     if FILES[name] is None:
         return get_task(name, split="test", stop=20)
+    if name == "BBH":                                   # 27 files: made by the test of its own
+        return get_task(name, data_dir=write_bbh(folder))
     file, rows, *argument = FILES[name]
     path = write_rows(folder / file, rows)
     return get_task(name, **{argument[0]: path}) if argument else get_task(name, split="test", data_dir=folder)
@@ -66,7 +76,7 @@ def check_reference(task, conversations):
 @pytest.mark.parametrize("name", task_names())
 def test_the_reference_answer_earns_full_reward_and_an_empty_one_none(name, tmp_path):
     task = build(name, tmp_path)
-    if name == "HumanEval" and sandbox_refusal():
+    if name in ("HumanEval", "MBPP", "MBPP-Sanitized") and sandbox_refusal():
         pytest.skip(f"no sandbox: {sandbox_refusal()}")
     assert len(task) > 0 and task.name == name
     if is_scored(task):
@@ -135,7 +145,7 @@ def test_equal_values_are_equal_answers(tmp_path):
     task = build("GSM8K", tmp_path)
     for text, right in (("#### 10.0", True), ("#### 10", True), ("#### $10.", True), ("#### 20/2", True), ("#### 10.01", False), ("#### 100", False)):
         assert task.is_correct(task[0], text) is right
-    assert task.extract("#### 10.0") == task.extract("#### 10") == "10"
+    assert task.find_answer(task[0], "#### 10.0") == task.find_answer(task[0], "#### 10") == "10"
 
 
 def test_our_calculator_agrees_with_gsm8k_wherever_it_answers():
