@@ -50,20 +50,20 @@ def question_of(conversation):
 
 
 def read_rollouts(path):
-    """A run's JSONL -> (its header's config, {step: [group of LoggedRollouts, ...]}, {step: its metrics}). A step that a resumed run
-    logged again counts once, as it was logged last."""
-    config, tables, metrics = {}, {}, {}
+    """A run's JSONL -> (its header, {step: [group of LoggedRollouts, ...]}, {step: its metrics}). A step that a resumed run logged
+    again counts once, as it was logged last."""
+    header, tables, metrics = {"config": {}}, {}, {}
     for record in read_log(path):
-        if "config" in record:
-            config = record["config"]
+        if isinstance(record.get("config"), dict):
+            header = record
         elif isinstance(record.get("text"), dict):
             for name, rows in record["text"].items():
                 tables.setdefault(record["step"], {})[name] = rows
         elif "step" in record and "image" not in record:
             metrics.setdefault(record["step"], {}).update({name: value for name, value in record.items() if name not in ("step", "time", "non_finite")})
-    steps = {step: group_rows(found[READABLE], found.get(TOKENS), config.get("num_samples")) for step, found in sorted(tables.items())
+    steps = {step: group_rows(found[READABLE], found.get(TOKENS), header["config"].get("num_samples")) for step, found in sorted(tables.items())
              if isinstance(found.get(READABLE), list)}
-    return config, steps, metrics
+    return header, steps, metrics
 
 
 def group_rows(rows, token_rows, num_samples):
@@ -81,3 +81,8 @@ def group_rows(rows, token_rows, num_samples):
             row.get("finish", "?"), row.get("question"), row.get("answer"),
             *(list(ids.get(name, ())) for name in ("prompt", "tokens", "mask", "logprobs"))))
     return groups
+
+
+def has_signal(group):
+    """Whether the group holds both right and wrong answers; without that it gave no gradient, whatever its advantages are."""
+    return len({rollout.rewards.get("correct", rollout.reward) > 0 for rollout in group}) > 1
