@@ -51,8 +51,9 @@ def names(n_layer):
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
-def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, overwrite=False):
-    """Write the whole folder, or nothing. A folder that is there is replaced only if an export made it, or with overwrite."""
+def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, overwrite=False, add=None):
+    """Write the whole folder, or nothing; `add(folder)` may put more into it. A folder that is there is replaced only if an export
+    made it, or with overwrite."""
     from safetensors.torch import save_file
     with replaced_folder(folder, marker=META, overwrite=overwrite) as partial:
         state = model.state_dict()
@@ -69,6 +70,8 @@ def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, o
         (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
+        if add:
+            add(partial)
         kept = {name: value for name, value in meta.items() if name not in ("files", "model_config")}
         kept["files"] = {name: sha256(partial / name) for name in ("model.safetensors", "tokenizer.json", "config.json")}
         (partial / META).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
