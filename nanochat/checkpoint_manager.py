@@ -227,7 +227,7 @@ def clear(folder):
 
 
 # fields that may change between a run and its continuation, because they only say how to watch it
-FREE_FIELDS = {"run", "resume", "overwrite", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile"}
+FREE_FIELDS = {"run", "resume", "overwrite", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile", "preflight"}
 
 
 def check_same_run(saved, given, folder):

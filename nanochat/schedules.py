@@ -23,6 +23,11 @@ def cosine(step, num_steps, final_frac=0.0):
     return final_frac + (1 - final_frac) * 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1.0)))
 
 
+def between(start, end, step, num_steps, kind="linear"):
+    """From `start` at step 0 to `end` at num_steps, in a line or along half a cosine."""
+    return end + (start - end) * {"linear": linear_decay, "cosine": cosine}[kind](step, num_steps)
+
+
 def muon_momentum(step, warmup_steps=300):
     """0.85 -> 0.95 over the first steps: a young average should forget its first gradients sooner."""
     return 0.85 + 0.10 * min(step / warmup_steps, 1.0)

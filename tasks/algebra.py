@@ -12,6 +12,7 @@ take that many operations; level 4 takes 3 to 5 and has two unknowns or a condit
 Train and held-out problems are disjoint by construction: the hash of a problem's kind and numbers, order and wording left out,
 decides which split it may appear in, whatever the seed.
 """
+import copy
 import hashlib
 import random
 import re
@@ -134,11 +135,14 @@ class Algebra(LetterTask):
         super().__init__(**kwargs)
         if split not in SIZES:
             raise ValueError(f"ALGEBRA has no split {split!r}: the {len(SIZES)} splits are {', '.join(SIZES)}")
-        levels = (levels,) if isinstance(levels, int) else tuple(levels)
-        if not levels or not set(levels) <= set(LEVELS):
-            raise ValueError(f"levels={levels} are not all among {LEVELS}: give at least one of them")
-        self.split, self.levels, self.seed = split, levels, seed
+        self.split, self.levels, self.seed = split, checked_levels(levels), seed
         self.size = SIZES[split] if size is None else size
+
+    def with_levels(self, levels):
+        """The same task, with problems of these levels only: a curriculum opens one after the other."""
+        task = copy.copy(self)
+        task.levels = checked_levels(levels)
+        return task
 
     def num_examples(self):
         return self.size
@@ -146,3 +150,10 @@ class Algebra(LetterTask):
     def get_example(self, index):
         row = make_problem(self.split, index, balanced(self.levels, index, self.seed, "level"), self.seed)
         return {name: value for name, value in prepared(row).items() if name not in RAW_FIELDS}
+
+
+def checked_levels(levels):
+    levels = (levels,) if isinstance(levels, int) else tuple(levels)
+    if not levels or not set(levels) <= set(LEVELS):
+        raise ValueError(f"levels={levels} are not all among {LEVELS}: give at least one of them")
+    return levels

@@ -5,7 +5,7 @@
 import dataclasses
 import sys
 
-from scripts import base_train, chat_rl, chat_sft, mid_train, prepare_offline, tok_train
+from scripts import base_train, chat_grpo, chat_rl, chat_sft, mid_train, prepare_offline, tok_train
 
 STAGES = ("base", "mid", "sft", "rl")
 FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
@@ -26,13 +26,17 @@ def stage_config(stage, **changes):
         "sft": lambda: chat_sft.Config(sft_recipe="offline", num_iterations=6, device_batch_size=4, target_examples_per_step=8, eval_every=3, eval_steps=2,
                                        eval_metrics_every=6, eval_metrics_max_problems=4, max_new_tokens=16, init_lr_frac=0.5, compile=False, **tiny),
         "rl": lambda: chat_rl.Config(max_steps=6, examples_per_step=4, num_samples=4, max_new_tokens=16, device_batch_size=4, eval_every=6,
-                                     eval_examples=4, **tiny),
+                                     eval_examples=4, preflight=-1, **tiny),  # these models know nothing: a preflight would refuse them
+        "grpo": lambda: chat_grpo.Config(tasks="ALGEBRA:2,AQUA:1", num_steps=6, examples_per_step=6, num_samples=6, max_new_tokens=16, device_batch_size=4,
+                                         eval_every=6, eval_examples=4, output_tag="g2", preflight=-1, curriculum=True, curriculum_accuracy=0.02,
+                                         curriculum_window=4, dynamic_sampling=True, dynamic_rounds=3, grpo_epochs=2, minibatches=2, kl_coef=0.02, kl_every=2,
+                                         temp_schedule="linear", temp_end=0.8, length_penalty_mode="linear", length_penalty_target=8, **tiny),
     }
     return dataclasses.replace(configs[stage](), **changes)
 
 
 def run_stage(stage, **changes):
-    modules = {"base": base_train, "mid": mid_train, "sft": chat_sft, "rl": chat_rl}
+    modules = {"base": base_train, "mid": mid_train, "sft": chat_sft, "rl": chat_rl, "grpo": chat_grpo}
     modules[stage].main(stage_config(stage, **changes))
 
 

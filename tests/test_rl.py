@@ -7,7 +7,6 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.rl.metrics import rollout_metrics
 from nanochat.rl.rollout import Rollout, make_batches, sample_groups
-from scripts.chat_rl import Config, draw_seed, problems_of_step
 from tasks.aqua import extract_answer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -91,12 +90,3 @@ def test_metrics_count_what_happened():
     assert metrics["frac_reward_zero_std"] == 0.5 and metrics["completions/clipped_ratio"] == 0.25
     assert [metrics[f"rl/letter_pred_counts/{letter}"] for letter in "ABC"] + [metrics["rl/letter_pred_counts/none"]] == [1, 2, 0, 1]
     assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (2, 9)
-
-
-def test_the_problems_of_a_step_are_a_pure_function_and_an_epoch_uses_each_once():
-    config = Config(examples_per_step=4)
-    steps = [problems_of_step(step, config, 10) for step in range(5)]
-    assert steps[3] == problems_of_step(3, config, 10)
-    indices = [index for step in steps for _, index in step]
-    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10)) and indices[:10] != indices[10:]
-    assert draw_seed(1, 2, 3) == draw_seed(1, 2, 3) != draw_seed(1, 2, 4)

@@ -7,8 +7,7 @@ import torch
 
 from nanochat.rl.algorithm import (ALGORITHMS, cispo_loss, clip_counts, clipped, dapo_loss, denominator, expert_advantages, gspo_loss,
                                    group_advantages, groups_with_signal, grpo_loss, kl_exact, kl_k1, kl_k3, kl_k3_loss, log_ratios,
-                                   normalized_advantages, overlong_penalty, policy_loss, reinforce_loss, rewards_minus_kl,
-                                   rloo_advantages)
+                                   normalized_advantages, policy_loss, reinforce_loss, rewards_minus_kl, rloo_advantages)
 
 B, T, V = 4, 3, 3
 TOKENS = torch.tensor([[0, 1, 2], [2, 2, 0], [1, 0, 0], [0, 2, 1]])
@@ -241,11 +240,6 @@ def test_gating_on_the_outcome_beats_the_std_filter_on_phantom_advantages():
 def test_groups_with_signal_look_at_the_outcome_alone():
     outcomes = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 1]])
     assert groups_with_signal(outcomes).tolist() == [True, False, False, True]
-
-
-def test_the_overlong_penalty_is_a_ramp():
-    lengths = torch.tensor([0, 96, 112, 128, 200])
-    assert overlong_penalty(lengths, max_length=128, buffer=32).tolist() == [0.0, 0.0, -0.5, -1.0, -1.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

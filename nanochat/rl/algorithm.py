@@ -5,6 +5,7 @@ per step over all micro-batches and ranks, by the number of tokens, of rollouts,
 `ALGORITHMS` names the advantage, the loss and the denominator of each paper. `old_logprobs` are the ones sampled with; on policy
 they equal `logprobs`, the ratio is 1, and every loss here has REINFORCE's gradient.
 """
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,12 +47,6 @@ def groups_with_signal(outcomes):
     in a group of wrong answers the format bonus would otherwise teach which wrong answer to give."""
     right = outcomes.float().mean(dim=1)
     return (right > 0) & (right < 1)
-
-
-def overlong_penalty(lengths, max_length, buffer):
-    """Completion lengths -> reward in [-1, 0] to be added: 0 until the last `buffer` tokens before `max_length`, then linearly
-    down to -1 (DAPO, arXiv 2503.14476, eq. 13). A cliff at the limit alone punishes sound reasoning at random."""
-    return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,13 +127,38 @@ ALGORITHMS = {
 }
 
 
-def policy_loss(name, logprobs, old_logprobs, advantages, mask, **clip):
-    """The summed loss of an algorithm by its name. `clip`: clip_low and clip_high where they are not the paper's."""
+def check_algorithm(name):
     if name not in ALGORITHMS:
         raise ValueError(f"algorithm={name!r} is not one of the {len(ALGORITHMS)} known: use {', '.join(ALGORITHMS)}")
+
+
+def policy_loss(name, logprobs, old_logprobs, advantages, mask, **clip):
+    """The summed loss of an algorithm by its name. `clip`: clip_low and clip_high where they are not the paper's."""
+    check_algorithm(name)
     if ALGORITHMS[name].loss is reinforce_loss:  # knows no ratio, so there is nothing to clip
         return reinforce_loss(logprobs, advantages, mask)
     return ALGORITHMS[name].loss(logprobs, old_logprobs, advantages, mask, **clip)
+
+
+def clips_of(name, **clip):
+    """{clip_low, clip_high} in force: those given, else the paper's; none for an algorithm that knows no ratio."""
+    defaults = {key: value.default for key, value in inspect.signature(ALGORITHMS[name].loss).parameters.items() if key.startswith("clip_")}
+    return {key: clip.get(key, default) for key, default in defaults.items()}
+
+
+def clipped_tokens(name, logprobs, old_logprobs, advantages, mask, **clip):
+    """-> (low, high): on how many tokens the clip of an algorithm bears. GSPO clips rollouts, with all their tokens; CISPO caps a token's weight,
+    whatever its advantage, and leaves it its gradient."""
+    clip = clips_of(name, **clip)
+    if not clip:
+        return torch.zeros(2, dtype=torch.int64)
+    if name == "gspo":
+        log_ratio = log_ratios(logprobs, old_logprobs, mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        logprobs, old_logprobs = log_ratio.expand(mask.shape), torch.zeros_like(logprobs)
+    if name == "cispo":
+        ratio = log_ratios(logprobs, old_logprobs, mask).exp()
+        return torch.stack([((ratio < 1 - clip["clip_low"]) & mask.bool()).sum(), ((ratio > 1 + clip["clip_high"]) & mask.bool()).sum()])
+    return torch.stack(clip_counts(logprobs, old_logprobs, advantages, mask, **clip))
 
 
 def denominator(name, num_tokens, num_rollouts, max_new_tokens):

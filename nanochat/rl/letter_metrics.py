@@ -36,7 +36,7 @@ def summarize(measured):
     if tokens:
         metrics["entropy"] = sum(one["entropy"] for one in measured) / tokens
         if "kl_sequence" in measured[0]:
-            metrics["rl/kl_token_mean"] = sum(one["kl_sequence"] for one in measured) / tokens
+            metrics["rl/kl_token_mean"] = metrics["kl"] = sum(one["kl_sequence"] for one in measured) / tokens
     asked = [one for one in measured if one["letters"]]
     decided = [one for one in asked if "margin" in one]
     for name, key, of in (("kl_sequence", "kl_sequence", measured), ("kl_letter", "kl_letter", decided), ("letter_margin", "margin", decided)):
@@ -112,7 +112,7 @@ def measure_rollouts(model, reference, tokenizer, rollouts, conversations, devic
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].tokens))
     for start in range(0, len(order), device_batch_size):
         places = order[start:start + device_batch_size]
-        batch = to_batch([rollouts[i] for i in places], tokenizer.bos_id, model.device, pad_multiple=16)
+        batch = to_batch([rollouts[i] for i in places], tokenizer.bos_id, model.device, pad_multiple=16, context=model.config.sequence_len)
         wanted = batch.targets != -1
         hidden = model.hidden(batch.inputs)
         ref_hidden = None if reference is None else reference.hidden(batch.inputs)
