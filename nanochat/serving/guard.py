@@ -1,0 +1,93 @@
+"""What stands before every route: who may ask, how much may be sent, what the browser may do with the answer, what is logged.
+
+Plain ASGI, so that a client that leaves is noticed at once. The log has method, route, status and time: no body, no query, no path
+that a client made up.
+"""
+import hashlib
+import hmac
+import json
+import time
+
+from nanochat.serving.protocol import ApiError
+
+OPEN_PATHS = ("/", "/health", "/favicon.ico")  # without the key: what a browser and a load balancer ask before they have one
+HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
+           (b"cross-origin-resource-policy", b"same-origin")]
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class Guard:
+    """`api_key` "" = none is asked for; then only requests addressed to this machine by a loopback name are answered, so that no
+    foreign page can reach the server under a name of its own (DNS rebinding)."""
+
+    def __init__(self, app, metrics, api_key="", max_body=1 << 20, log=None):
+        self.app, self.metrics, self.max_body, self.log = app, metrics, max_body, log
+        self.key_digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, size = time.perf_counter(), 0, 0
+
+        async def limited_receive():
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                raise too_large(self.max_body)
+            return message
+
+        async def watched_send(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+            await send(message)
+
+        try:
+            self.check(scope)
+            await self.app(scope, limited_receive, watched_send)
+        except ApiError as error:
+            if not status:
+                await refuse(watched_send, error)
+        finally:
+            route = getattr(scope.get("route"), "path", "(none)")
+            seconds = time.perf_counter() - began
+            self.metrics.count("nanochat_requests_total", endpoint=route, status=status)
+            self.metrics.observe("nanochat_request_seconds", seconds, endpoint=route)
+            if self.log is not None:
+                method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
+                self.log(f"{method} {route} {status} {seconds * 1000:.0f} ms")
+
+    def check(self, scope):
+        """ApiError for a request that is not to be read at all."""
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self.key_digest is None:
+            if host.rpartition(":")[0] not in LOOPBACK and host not in LOOPBACK:
+                raise ApiError(403, "without an API key this server answers only under 127.0.0.1 and localhost", code="wrong_host")
+        elif scope["path"] not in OPEN_PATHS:
+            given = headers.get(b"authorization", b"")
+            token = given[7:] if given[:7].lower() == b"bearer " else b""
+            if not hmac.compare_digest(hashlib.sha256(token).digest(), self.key_digest):
+                raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", type="authentication_error",
+                               code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin.partition("://")[2] != host:
+            raise ApiError(403, "requests from other sites' pages are not answered", code="cross_origin")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 18 or int(length) > self.max_body:
+            raise too_large(self.max_body)
+
+
+def too_large(max_body):
+    return ApiError(413, f"the body is larger than {max_body} bytes", code="body_too_large")
+
+
+async def refuse(send, error):
+    body = json.dumps(error.body).encode()
+    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
