@@ -1,9 +1,10 @@
 """Our tokenizer as Hugging Face's three files, and back: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
-The ids are equal, which takes three things that are easy to miss. (1) tiktoken joins any two neighbours whose union is a token, however
+The ids are equal, which takes four things that are easy to miss. (1) tiktoken joins any two neighbours whose union is a token, however
 that token was made, so every such pair is a merge, not only the one that was trained. (2) A piece that is a token is that token:
 ignore_merges. (3) Text in a conversation never becomes a special token: the chat template puts U+FDD0, a noncharacter that no text
 holds, into every "<|" of a message, and the normalizer takes it out again behind the place where special tokens are looked for.
+(4) Two texts in a row are encoded each for itself: the template puts a break between them, at which the first split cuts.
 
 Outside conversations Hugging Face's convention stands: "<|bos|>" in a text is the special token, unless split_special_tokens=True.
 """
@@ -13,17 +14,19 @@ from pathlib import Path
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 GUARD = "\ufdd0"                # stands between "<" and "|" of a message's text
+BREAK = "\ufdd2\ufdd2"         # stands between two texts in a row
 SAME_BYTES = "\ufdd1"           # begins the name of a token whose bytes an earlier one has: no text can produce it
 NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{GUARD}|"}, "content": "<|"}
+BREAK_SPLIT = {"type": "Split", "pattern": {"String": BREAK}, "behavior": "Removed", "invert": False}
 
 CHAT_TEMPLATE = """\
 {#- <|bos|> (<|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|>)*; the system's text begins the first question.
     A part is {"type": "text", "python" or "python_output", "text": ...}. In a message's "<|" a noncharacter follows the "<", so that
-    text never becomes a special token; the tokenizer takes it out again. #}
+    text never becomes a special token, and two others stand between two texts in a row; the tokenizer takes them out again. #}
 {%- macro plain(text) -%}
     {{- text | replace('<|', '<GUARD|') -}}
 {%- endmacro -%}
-{%- macro words(message) -%}
+{%- macro words(message, glue) -%}
     {%- if message.content is string -%}
         {{- message.content -}}
     {%- else -%}
@@ -31,13 +34,13 @@ CHAT_TEMPLATE = """\
             {%- if part.type != 'text' -%}
                 {{- raise_exception('a message of the ' ~ message.role ~ ' has a part of type ' ~ part.type ~ ': only the assistant has parts other than text') -}}
             {%- endif -%}
-            {{- part.text -}}
+            {{- ('' if loop.first else glue) ~ part.text -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- set system = namespace(text='', first=0) -%}
 {%- if messages[0].role == 'system' -%}
-    {%- set system.text = words(messages[0]) ~ '\\n\\n' -%}
+    {%- set system.text = words(messages[0], '') ~ '\\n\\n' -%}
     {%- set system.first = 1 -%}
 {%- endif -%}
 {{- '<|bos|>' -}}
@@ -51,7 +54,7 @@ CHAT_TEMPLATE = """\
         {{- raise_exception('message ' ~ (loop.index0 + system.first) ~ ' (' ~ message.role ~ ') is empty: drop it or give it content') -}}
     {%- endif -%}
     {%- if message.role == 'user' -%}
-        {{- '<|user_start|>' ~ plain((system.text if loop.first else '') ~ words(message)) ~ '<|user_end|>' -}}
+        {{- '<|user_start|>' ~ plain(system.text ~ words(message, '') if loop.first else words(message, 'BREAK')) ~ '<|user_end|>' -}}
     {%- else -%}
         {{- '<|assistant_start|>' -}}
         {%- for part in ([{'type': 'text', 'text': message.content}] if message.content is string else message.content) -%}
@@ -59,10 +62,13 @@ CHAT_TEMPLATE = """\
                 {{- '<|output_start|>' ~ plain(part.text) ~ '<|output_end|>' -}}
             {%- elif part.type == 'python' -%}
                 {%- generation -%}{{- '<|python_start|>' ~ plain(part.text) ~ '<|python_end|>' -}}{%- endgeneration -%}
-            {%- elif part.type == 'text' and not (loop.previtem is defined and loop.previtem.type == 'text') -%}
+            {%- elif part.type == 'text' -%}
+                {%- if not loop.first and loop.previtem.type == 'text' -%}
+                    {{- 'BREAK' -}}
+                {%- endif -%}
                 {%- generation -%}{{- plain(part.text) -}}{%- endgeneration -%}
             {%- else -%}
-                {{- raise_exception('a part of type ' ~ part.type ~ ' cannot stand here: types are text, python and python_output, and two texts in a row must be joined') -}}
+                {{- raise_exception('a part of type ' ~ part.type ~ ' is none of text, python and python_output') -}}
             {%- endif -%}
         {%- endfor -%}
         {%- generation -%}{{- '<|assistant_end|>' -}}{%- endgeneration -%}
@@ -71,7 +77,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
     {{- '<|assistant_start|>' -}}
 {%- endif -%}
-""".replace("GUARD", GUARD)
+""".replace("GUARD", GUARD).replace("BREAK", BREAK)
 
 
 def byte_letters():
@@ -103,7 +109,7 @@ def tokenizer_json(tokenizer):
                          for name, token_id in tokenizer.special_ids.items()],
         "normalizer": NORMALIZER,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False},
+            BREAK_SPLIT, {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
@@ -166,6 +172,7 @@ def from_content(content):
 def split_of(pre_tokenizer):
     """The one split pattern of a pre-tokenizer: Split by a regex, then bytes."""
     steps = pre_tokenizer.get("pretokenizers", []) if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    steps = steps[1:] if steps[:1] == [BREAK_SPLIT] else steps
     kinds = [step["type"] for step in steps]
     if kinds != ["Split", "ByteLevel"] or steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or steps[1].get("add_prefix_space") \
             or steps[1].get("use_regex", True) or "Regex" not in steps[0]["pattern"]:

@@ -17,6 +17,7 @@ LFS_BYTES = 1000
 
 class FakeHub:
     """`with FakeHub({"datasets/me/texts": folder}) as hub:` serves until the block ends. `hub.requests` lists (method, path)."""
+    handler = None  # another Handler, with more routes
 
     def __init__(self, repos, faults=None):
         self.repos = {name: Path(folder) for name, folder in repos.items()}  # "datasets/o/n" or "models/o/n" -> folder
@@ -27,7 +28,7 @@ class FakeHub:
     def __enter__(self):
         hub = self
 
-        class BoundHandler(Handler):
+        class BoundHandler(self.handler or Handler):
             pass
 
         BoundHandler.hub = hub
@@ -68,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body = self.read_body()
         for methods, pattern, name in self.routes:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split():
@@ -77,6 +78,16 @@ class Handler(BaseHTTPRequestHandler):
         return self.refuse(404, "EntryNotFound")
 
     do_HEAD = do_POST = do_PUT = do_GET
+
+    def read_body(self):
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def log_message(self, *arguments):
         pass
