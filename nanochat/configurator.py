@@ -52,7 +52,7 @@ def parse(Config, argv=None):
     if config_file:
         check_config_file(config_file, hints)
         app.config = cyclopts.config.Toml(config_file, must_exist=True, use_commands_as_keys=False)
-    config = app(last_of_each([spell_out(token, hints) for token in argv]), exit_on_error=True)
+    config = app(last_of_each([spell_out(token, hints) for token in argv], hints), exit_on_error=True)
     if config is None:  # --help has been printed
         raise SystemExit(0)
     return config
@@ -68,9 +68,11 @@ def spell_out(token, hints):
     return f"--{field.replace('_', '-')}{equals}{'none' if optional and value == 'None' else value}"
 
 
-def last_of_each(argv):
-    """Of several `--name=value` of one name the last counts, so that a launcher's settings can be overridden behind them."""
+def last_of_each(argv, hints):
+    """Of several `--name=value` of one name the last counts, so that a launcher's settings can be overridden behind them; lists add up."""
+    lists = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if typing.get_origin(hint) in (tuple, list)}
     names = [token.partition("=")[0] if token.startswith("--") and "=" in token else None for token in argv]
+    names = [name if name not in lists else None for name in names]
     return [token for i, (token, name) in enumerate(zip(argv, names)) if name is None or name not in names[i + 1:]]
 
 
