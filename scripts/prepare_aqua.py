@@ -8,8 +8,7 @@ answer_letter}. counts.json says how many rows there are, which were skipped and
 """
 import hashlib
 import json
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from nanochat.common import base_dir, print0, write_atomic
 from nanochat.configurator import parse
 from tasks.aqua import COUNTS_FILE, FILES, build_conversation, load_rows, parse_row
 from tasks.common import load_hub_dataset, message_text
+from tasks.contamination import GRAM, LONG_GRAM, SIMILAR, HeldOut, normalised
 
 LENGTHS = (64, 128, 256)                                # tokens: candidates for max_new_tokens
-GRAM, SIMILAR = 5, 0.5                                  # words per gram; Jaccard similarity from which two questions count as alike
 
 
 @dataclass(frozen=True)
@@ -99,61 +98,13 @@ def read_split(split, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Leaks between splits
 
-def words(text):
-    return re.findall(r"[a-z]+|\d+(?:[.,]\d+)*", text.lower())
-
-
-def normalised(text):
-    """The words and numbers of a question, whatever its case, blanks and punctuation."""
-    return " ".join(words(text))
-
-
-def number_blind(text):
-    """The words of a question with every number the same: two variants of one problem look alike."""
-    return re.sub(r"\d[\d.,]*", "#", normalised(text))
-
-
-def grams(text):
-    tokens = words(text)
-    return {tuple(tokens[i:i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
-
-
 def find_leaks(questions, held_out):
     """Train questions against {split: questions} -> ({split: overlap counts}, indices of train rows that repeat a held-out question).
 
-    Each count is of held-out questions, since each is one question whose answer training may have seen. The inverted index is
-    built over the few held-out questions, so the work grows with the words of the train questions alone."""
-    report, repeated = {}, set()
-    forms = (("exact", str.strip), ("normalised", normalised), ("number_blind", number_blind))
-    train_grams = [grams(question) for question in questions] if held_out else []
-    for split, targets in held_out.items():
-        found = {}
-        for name, form in forms:
-            known = defaultdict(list)
-            for index, question in enumerate(questions):
-                known[form(question)].append(index)
-            hits = [known[form(target)] for target in targets if form(target) in known]
-            found[name] = len(hits)
-            if name != "number_blind":
-                repeated.update(index for indices in hits for index in indices)
-        index_of, sizes = defaultdict(list), []
-        for target, question in enumerate(targets):
-            sizes.append(len(grams(question)))
-            for gram in grams(question):
-                index_of[gram].append(target)
-        nearest = [(0.0, None)] * len(targets)
-        for number, own in enumerate(train_grams):
-            shared = Counter(target for gram in own if gram in index_of for target in index_of[gram])
-            for target, count in shared.items():
-                similarity = count / (len(own) + sizes[target] - count)
-                nearest[target] = max(nearest[target], (similarity, -number), key=lambda pair: pair[0])
-        found[f"jaccard_over_{SIMILAR}"] = sum(similarity > SIMILAR for similarity, _ in nearest)
-        found["questions"] = len(targets)
-        closest = max(range(len(targets)), key=lambda target: nearest[target][0], default=None)
-        if closest is not None and nearest[closest][1] is not None:
-            found["closest"] = {"similarity": round(nearest[closest][0], 3), split: targets[closest], "train": questions[-nearest[closest][1]]}
-        report[split] = found
-    return report, repeated
+    Each count is of held-out questions, since each is one question whose answer training may have seen."""
+    index = HeldOut(held_out)
+    repeated = {number for number, question in enumerate(questions) if index.see([question]) & {"exact", "normalised"}}
+    return index.report(), repeated
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +144,7 @@ def print_report(folder, counts):
             print0(f"  questions asked twice within the split: {facts['questions asked twice']}")
     for split, found in counts.get("leaks", {}).items():
         print0(f"\ntrain against {split}, of {found['questions']} questions: exact {found['exact']}, normalised {found['normalised']}, "
-               f"with other numbers {found['number_blind']}, {GRAM}-gram Jaccard > {SIMILAR}: {found[f'jaccard_over_{SIMILAR}']}")
+               f"with other numbers {found['number_blind']}, {GRAM}-gram Jaccard > {SIMILAR}: {found['jaccard']}, {LONG_GRAM} words in a row: {found['ngram']}")
         if "closest" in found:
             print0(f"  closest pair ({found['closest']['similarity']}): {found['closest'][split][:150]!r} / {found['closest']['train'][:150]!r}")
 
