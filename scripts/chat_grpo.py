@@ -23,6 +23,7 @@ from nanochat.rl.curriculum import Curriculum
 from nanochat.rl.letter_metrics import letter_metrics
 from nanochat.rl.metrics import Clock, rollout_metrics
 from nanochat.rl.preflight import preflight
+from nanochat.rl.reference import load_reference
 from nanochat.rl.rollout import Sampler, make_batches
 from nanochat.rl.safety import batch_keeper, check_finite, check_sizes, count_silence, stop_if_silent, warn_of_kl, watch_entropy
 from nanochat.rl.update import Objective, learn, prepare
@@ -31,9 +32,8 @@ from nanochat.schedules import between, linear_decay
 from nanochat.training import every, seed_everything
 from tasks.aqua import extract_answer
 from tasks.common import message_text
-from tasks.evaluation import quick_accuracy
-from tasks.problems import Problems, load_tasks, parse_weights
-from tasks.rewards import linear_length_penalty, soft_overlong_penalty
+from tasks.problems import Problems, accuracies, load_tasks, parse_weights
+from tasks.rewards import length_penalty
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Config:
     # Reward
     reward_mode: str = "task"           # task: the sum of the task's parts; dapo: 1 for a right answer, else 0
     format_bonus: float = 0.1           # multiple choice: reward for any valid letter (0 = off); it never makes a group count as signal
-    length_penalty_mode: str = "none"   # linear: minus coef for each token beyond target; dapo: minus coef times a ramp over the last tokens before the limit
+    length_penalty_mode: str = "none"   # linear: minus coef for each token beyond target; dapo: minus coef times a ramp from target to the limit
     length_penalty_coef: float = 0.001  # how much it weighs
-    length_penalty_target: int = 256    # linear: tokens that are free; dapo: tokens at which the ramp begins
+    length_penalty_target: int = 256    # tokens that are free
     length_penalty_floor: float = 0.0   # linear: the largest penalty (0 = no limit)
     # Objective
     algorithm: str = "grpo"             # reinforce, rloo, grpo, dr_grpo, dapo, gspo, cispo, or expert (the control arm)
@@ -87,7 +87,7 @@ class Config:
     clip_ratio_high: float | None = None  # how far it may rise (None = the algorithm's paper)
     advantage_clip: float = 5.0         # largest advantage, either way (-1 = off)
     kl_coef: float = 0.0                # weight of the KL to the reference (0 = off; it is measured all the same)
-    kl_mode: str = "k3"                 # k1: sampled, into the reward; k3: sampled, times the ratio, into the loss; exact: over the whole vocabulary, into the loss
+    kl_mode: str = "k3"                 # k1: sampled, into the reward; k3: sampled, times ratio, into the loss; exact: whole vocabulary, into the loss
     kl_max_threshold: float = 50.0      # a token whose log-probability is this far from the reference's is worth a warning
     # Optimizer
     embedding_lr: float = 0.2           # AdamW learning rate of the embedding, at width 768
@@ -124,7 +124,9 @@ def main(config):
     refuse_own_parent("rl", config.source, config)
     state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer)
     engine = Engine(model, tokenizer, max_rows=config.rows_in_flight)
-    reference, is_parent = load_reference(config, compute) if config.kl_every > 0 or config.kl_coef > 0 else (None, False)
+    reference, is_parent = None, False
+    if config.kl_every > 0 or config.kl_coef > 0:
+        reference, is_parent = load_reference((config.ref_source, config.ref_model_tag, config.ref_step), (config.source, config.model_tag, config.step), compute)
 
     # Problems
     weights = parse_weights(config.tasks)
@@ -132,7 +134,10 @@ def main(config):
     problems = Problems(train_tasks, weights, config.seed, config.permute_options)
     letters = sorted({letter for task in train_tasks.values() for letter in task[0].get("letters", ())})
     sampler = Sampler(engine, tokenizer, problems, compute, config.num_samples, config.max_new_tokens, config.top_k, config.max_prompt_tokens)
-    curriculum = open_curriculum(config, train_tasks, state)
+    curriculum = None
+    if config.curriculum:
+        curriculum = Curriculum.over(train_tasks, config.curriculum_accuracy, config.curriculum_window, state.extra.get("curriculum"))
+        state.extra["curriculum"] = curriculum.state
     place = state.extra.get("place", 0)  # dynamic sampling asks more problems in some steps than in others
     print0(f"grpo {config.model_tag}: {config.algorithm} on {', '.join(f'{name} {weight:.0%}' for name, weight in weights.items())}, {config.num_steps} steps of "
            f"{config.examples_per_step} problems x {config.num_samples} samples, {config.grpo_epochs * config.minibatches} updates each")
@@ -149,7 +154,7 @@ def main(config):
         state.step = step
         clock = Clock(compute)
         if every(config.eval_every, step, config.num_steps):
-            accuracy = accuracies(val_tasks, weights, engine, tokenizer, compute, config)
+            accuracy = accuracies(val_tasks, weights, engine, tokenizer, compute, config.eval_examples, config.max_new_tokens, config.eval_samples, config.temperature)
             logger.log(step, {**accuracy, "time/eval_s": clock.lap()})
         if step > 0 and every(config.save_every, step, config.num_steps) or step == config.num_steps:
             save_checkpoint("rl", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == config.num_steps)
@@ -162,7 +167,9 @@ def main(config):
         groups, place = sampler.sample_step(first, config.examples_per_step, temperature, config.dynamic_rounds if config.dynamic_sampling else 1,
                                             curriculum and curriculum.open)
         state.extra["place"] = place
-        penalize_length(groups, config)
+        for rollout in sum(groups, []) if config.length_penalty_mode != "none" else ():
+            rollout.rewards["length"] = length_penalty(config.length_penalty_mode, len(rollout.tokens), config.max_new_tokens, config.length_penalty_coef,
+                                                       config.length_penalty_target, config.length_penalty_floor)
         metrics = rollout_metrics(groups, compute, extract_answer, letters, config.num_samples, by_task=True)
         metrics |= {"rl/problems": place - first, "rl/temperature": temperature, "rl/group_size": config.num_samples, "time/generate_s": clock.lap()}
         keep = batch_keeper("rl", config.output_tag, step, compute, tokenizer)
@@ -225,6 +232,8 @@ def check(config, compute):
     if config.top_k is not None and config.grpo_epochs * config.minibatches > 1:
         raise ValueError(f"top_k={config.top_k} with {config.grpo_epochs * config.minibatches} updates a step: after the first one other tokens are the likeliest, and "
                          "a ratio of two distributions over different sets says nothing; leave top_k out, or use --grpo-epochs=1 --minibatches=1")
+    if config.length_penalty_mode != "none":
+        length_penalty(config.length_penalty_mode, 0, config.max_new_tokens, config.length_penalty_coef, config.length_penalty_target)
     for step in (0, config.num_steps):
         objective_of(config, temperature_at(step, config))
 
@@ -239,52 +248,6 @@ def temperature_at(step, config):
     if config.temp_schedule == "none":
         return config.temperature
     return between(config.temp_start, config.temp_end, step, config.num_steps, config.temp_schedule)
-
-
-def load_reference(config, compute):
-    """-> (the frozen reference, True if it is the model that training starts from)."""
-    given = (config.ref_source or config.source, config.ref_model_tag or config.model_tag, config.ref_step)
-    parent = (config.source, config.model_tag, config.step)
-    if given[:2] == parent[:2] and given[2] is None:
-        given = parent
-    model, _, meta = load_model(given[0], compute, "eval", given[1], given[2])
-    return model.requires_grad_(False), (given[0], meta["model_tag"], meta["step"]) == parent
-
-
-def open_curriculum(config, tasks, state):
-    """A Curriculum over the levels of the tasks that have some, whose state is in the checkpoint; None where none is asked for."""
-    if not config.curriculum:
-        return None
-    leveled = {name: task.levels for name, task in tasks.items() if hasattr(task, "with_levels")}
-    if not leveled:
-        raise ValueError(f"curriculum: not one of the {len(tasks)} tasks {', '.join(tasks)} has levels; ALGEBRA has four")
-    curriculum = Curriculum(leveled, sorted(set().union(*leveled.values())), config.curriculum_accuracy, config.curriculum_window, state.extra.get("curriculum"))
-    state.extra["curriculum"] = curriculum.state
-    return curriculum
-
-
-def penalize_length(groups, config):
-    """Adds the reward part "length" to every rollout, in tokens of its completion."""
-    if config.length_penalty_mode == "none":
-        return
-    for rollout in (rollout for group in groups for rollout in group):
-        length = len(rollout.tokens)
-        if config.length_penalty_mode == "linear":
-            penalty = linear_length_penalty(length, config.length_penalty_target, config.length_penalty_coef, config.length_penalty_floor)
-        else:
-            penalty = config.length_penalty_coef * soft_overlong_penalty(length, config.max_new_tokens, config.max_new_tokens - config.length_penalty_target)
-        rollout.rewards["length"] = penalty
-
-
-def accuracies(tasks, weights, engine, tokenizer, compute, config):
-    """Accuracy on each task's held-out split, and their mean by the weights of the mixture."""
-    temperature = config.temperature if config.eval_samples > 1 else 0.0
-    found = {name: quick_accuracy(task, engine, tokenizer, compute, config.eval_examples, config.max_new_tokens, config.eval_samples, temperature)
-             for name, task in tasks.items()}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return {"eval/accuracy": sum(weights[name] * metrics["eval/accuracy"] for name, metrics in found.items())} | {
-        key.replace("eval/", f"eval/{name}/"): value for name, metrics in found.items() for key, value in metrics.items()}
 
 
 if __name__ == "__main__":

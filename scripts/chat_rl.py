@@ -29,8 +29,7 @@ from nanochat.schedules import linear_decay
 from nanochat.training import every, seed_everything
 from tasks.aqua import extract_answer
 from tasks.common import message_text
-from tasks.evaluation import quick_accuracy
-from tasks.problems import Problems, load_tasks
+from tasks.problems import Problems, accuracies, load_tasks
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,9 @@ def main(config):
         reference = load_model(config.source, compute, "eval", config.model_tag, config.step)[0].requires_grad_(False)
 
     # Problems
-    train_tasks, val_tasks = load_tasks({config.task: 1.0}, config.data_dir, config.format_bonus)
-    problems = Problems(train_tasks, {config.task: 1.0}, config.seed, config.permute_options)
+    weights = {config.task: 1.0}
+    train_tasks, val_tasks = load_tasks(weights, config.data_dir, config.format_bonus)
+    problems = Problems(train_tasks, weights, config.seed, config.permute_options)
     letters = problems.at(0).conversation.get("letters", [])
     sampler = Sampler(engine, tokenizer, problems, compute, config.num_samples, config.max_new_tokens, config.top_k)
     objective = Objective(config.temperature, "reinforce", config.top_k)
@@ -119,8 +119,7 @@ def main(config):
         state.step = step
         clock = Clock(compute)
         if every(config.eval_every, step, num_steps):
-            accuracy = quick_accuracy(val_tasks[config.task], engine, tokenizer, compute, config.eval_examples, config.max_new_tokens, config.eval_samples,
-                                      config.temperature if config.eval_samples > 1 else 0.0)
+            accuracy = accuracies(val_tasks, weights, engine, tokenizer, compute, config.eval_examples, config.max_new_tokens, config.eval_samples, config.temperature)
             logger.log(step, {**accuracy, "time/eval_s": clock.lap()})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
             save_checkpoint("rl", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)

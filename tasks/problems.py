@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tasks.aqua import LetterTask, in_new_order
 from tasks.common import get_task
+from tasks.evaluation import quick_accuracy
 
 HELD_OUT = 400                                          # last rows of a training split that serve as validation where there is none
 
@@ -65,6 +66,16 @@ def load_pair(name, data_dir):
     if first == len(train):
         raise ValueError(f"{name} {split} has {len(train)} problems, too few to hold some out: give more data")
     return get_task(name, split=split, stop=first, **arguments), get_task(name, split=split, start=first, **arguments)
+
+
+def accuracies(tasks, weights, engine, tokenizer, compute, max_problems, max_new_tokens, num_samples=1, temperature=1.0):
+    """Accuracy on the held-out split of each task, greedy or of several samples; of a mixture also the mean by its weights."""
+    temperature = temperature if num_samples > 1 else 0.0
+    found = {name: quick_accuracy(task, engine, tokenizer, compute, max_problems, max_new_tokens, num_samples, temperature) for name, task in tasks.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    of_each = {key.replace("eval/", f"eval/{name}/", 1): value for name, metrics in found.items() for key, value in metrics.items()}
+    return {"eval/accuracy": sum(weights[name] * metrics["eval/accuracy"] for name, metrics in found.items()), **of_each}
 
 
 class Problem(NamedTuple):

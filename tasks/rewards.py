@@ -35,6 +35,13 @@ def same_number(one, other):
     return value is not None and value == parse_number(other)
 
 
+def length_penalty(mode, length, max_length, coefficient, target, floor=0.0):
+    """The reward part of a completion's length in tokens: "linear" beyond the target, or "dapo", a ramp from the target to max_length."""
+    if mode == "linear":
+        return linear_length_penalty(length, target, coefficient, floor)
+    return coefficient * soft_overlong_penalty(length, max_length, max_length - target)
+
+
 def linear_length_penalty(length, target, coefficient, floor=0.0):
     """0 up to the target, then -coefficient for each further token, but never below -floor when floor > 0."""
     penalty = -coefficient * max(0, length - target)

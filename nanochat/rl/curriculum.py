@@ -13,6 +13,14 @@ class Curriculum:
         self.levels, self.threshold, self.window = tuple(sorted(levels)), threshold, window
         self.state = {"open": 1, "recent": []} if state is None else state
 
+    @classmethod
+    def over(cls, tasks, threshold, window, state=None):
+        """A curriculum over the levels of those tasks {name: task} that have some; ValueError where none has."""
+        levels = {name: task.levels for name, task in tasks.items() if hasattr(task, "with_levels")}
+        if not levels:
+            raise ValueError(f"curriculum: not one of the {len(tasks)} tasks {', '.join(tasks)} has levels: leave it out, or use ALGEBRA, which has four")
+        return cls(levels, set().union(*levels.values()), threshold, window, state)
+
     @property
     def open(self):
         return self.levels[:self.state["open"]]
