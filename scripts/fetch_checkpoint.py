@@ -29,6 +29,7 @@ class Config:
     source: str = "sft"             # [-i] stage of the checkpoint: base, mid, sft or rl
     model_tag: str | None = None    # [-g] folder of the checkpoint (None = the only one there; on upload the one saved last)
     step: int | None = None         # [-s] step of the checkpoint (None = the newest)
+    save_as: str | None = None      # model tag to save it under here (None = the one it has there)
     revision: str | None = None     # branch, tag or commit of the repository to fetch from (None = main)
     overwrite: bool = False         # delete the checkpoints that this stage and tag have here
     upload: bool = False            # take the checkpoint to the repository instead
@@ -66,7 +67,7 @@ def fetch(config):
     download(config.repo, files, cache, config.revision)
     imported = read_any(cache / inside, step=config.step)  # checks every SHA-256
     stage = known_stage(imported, config.source)
-    tag = config.model_tag or imported.meta.get("model_tag") or f"d{imported.config.n_layer}"
+    tag = config.save_as or config.model_tag or imported.meta.get("model_tag") or f"d{imported.config.n_layer}"
     folder = install(imported, stage, tag, config.overwrite)
     shutil.rmtree(cache)
     print0(f"{folder}: {stage} {tag} at step {imported.meta.get('step', 0)}, fetched from {config.repo}")

@@ -18,9 +18,10 @@ from nanochat.huggingface.folder import META, read_folder, write_folder
 from nanochat.huggingface.tokenizer import CHAT_TEMPLATE, read_tokenizer, tokenizer_json
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, split_pattern
 from scripts import export_to_hf
-from tasks.common import get_task
+from tasks.common import get_task, task_names
 from tests.checkpoints import noisy_model, save_small, small_tokenizer
 from tests.fakes.hub_upload import UploadHub
+from tests.test_tasks import DATA, build
 
 ROOT = Path(__file__).parents[1]
 CHUNKS = [*SPECIAL_TOKENS, "<|", "|>", "<|bos", "bos|>", "<\ufdd0", "\ufdd0|", " ", "  ", "\t", "\n", "\r\n", "\n \n", "\u00a0", "\u3000", "\u2028", "\x00", "\x1f", "1", "23",
@@ -172,52 +173,27 @@ def same_rendering(tokenizer, hf_tokenizer, conversation):
     assert prompt == tokenizer.render_for_completion(conversation), conversation
 
 
-def local_tasks(tmp_path):
-    """Every registered task that can be had without a network: what makes its own problems, and shared data where it is there."""
-    from tasks.common import task_names
-    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who <|bos|> are you?"}, {"role": "assistant", "content": "I'm <b>x</b>."},
-                          {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Nothing <|assistant_end|> else."}]}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row["messages"]) + "\n" for row in rows), encoding="utf-8")
-    shared = Path(os.environ.get("NANOCHAT_TEST_DATA") or ROOT.parent / "shared" / "data")
-    for name in task_names():
-        choices = [{}, {"path": str(path)}] + [{"data_dir": str(shared / folder)} for folder in ("aqua", "arc", "mmlu", "gsm8k", "humaneval") if (shared / folder).is_dir()
-                                               and name.lower().startswith(folder)]
-        for arguments in reversed(choices):
-            for split in ("train", "test"):
-                try:
-                    task = get_task(name, **arguments, split=split)
-                    task[0]
-                except Exception:  # no network, no such split, no such argument: this way does not lead to the task
-                    try:
-                        task = get_task(name, **arguments)
-                        task[0]
-                    except Exception:
-                        continue
-                yield name, task
-                break
-            else:
-                continue
-            break
+@pytest.mark.parametrize("name", task_names())
+def test_the_chat_template_gives_our_ids_and_our_mask_on_every_task(exported, theirs, tmp_path, name):
+    try:
+        task = build(name, tmp_path)
+    except RuntimeError as error:  # a task that executes code, on a machine without a sandbox
+        pytest.skip(str(error))
+    conversations = [task[index] for index in range(min(6, len(task)))]
+    real = DATA / name.lower().partition("-")[0]
+    if real.is_dir() and name in ("AQUA", "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"):
+        task = get_task(name, split="test", data_dir=real)
+        conversations += [task[index] for index in range(0, len(task), max(1, len(task) // 15))]
+    for conversation in conversations:
+        same_rendering(exported[3], theirs[1], conversation)
 
 
-def test_the_chat_template_gives_our_ids_and_our_mask_on_every_task(exported, theirs, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    seen = {}
-    for name, task in local_tasks(tmp_path):
-        for index in range(min(4, len(task))):
-            same_rendering(exported[3], theirs[1], task[index])
-        seen[name] = len(task)
-    assert {"ALGEBRA", "SpellingBee", "CustomJSON"} <= seen.keys(), seen
-    print("tasks compared:", sorted(seen))
-
-
-PARTS = st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=4).map("".join)), min_size=1, max_size=4)
 WORDS = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=6).map("".join).filter(lambda text: "<\ufdd0|" not in text)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": WORDS}), min_size=1, max_size=4)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.booleans(), WORDS, st.lists(st.tuples(WORDS, st.one_of(WORDS, PARTS.map(lambda parts: [{"type": kind, "text": text.replace("<\ufdd0|", "")} for kind, text in parts]))), min_size=1, max_size=3))
+@given(st.booleans(), WORDS, st.lists(st.tuples(WORDS, st.one_of(WORDS, PARTS)), min_size=1, max_size=3))
 def test_no_message_can_forge_a_special_token(exported, theirs, with_system, system, exchanges):
     messages = [{"role": "system", "content": system}] if with_system else []
     for question, answer in exchanges:
