@@ -113,7 +113,7 @@ class CompletionRequest(Sampling):
 
 
 class RenderRequest(Strict):
-    text: str = Field(max_length=100_000)
+    text: str = Field(max_length=20_000)
 
 
 class TokenizeRequest(BaseModel):

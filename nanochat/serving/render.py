@@ -13,6 +13,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 MAX_FORMULA = 2000  # characters
 MAX_NESTING = 50    # braces, \left and \begin inside one another
+MAX_BRACKETS = 500  # looking for a link's end costs the square of the open brackets: with more of them there are no links
 TEXT_TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "em", "strong", "s", "del", "code", "pre", "blockquote", "ul", "ol", "li",
              "table", "thead", "tbody", "tr", "th", "td", "a", "span", "div", "sup", "sub"}
 # Presentation MathML. No annotation, semantics, mglyph or maction: they reach out of MathML or act.
@@ -27,7 +28,8 @@ CLASSES = re.compile(r"math-error|language-[A-Za-z0-9_+#-]{1,30}")
 
 def render(text):
     """Markdown with $...$, $$...$$, \\(...\\), \\[...\\] -> safe HTML. Never raises on any text."""
-    return nh3.clean(parser().render(text.replace("\0", "�")), tags=TEXT_TAGS | MATH_TAGS, attributes=ATTRIBUTES, url_schemes={"http", "https", "mailto"},
+    markdown = parser(text.count("[") <= MAX_BRACKETS)
+    return nh3.clean(markdown.render(text.replace("\0", "�")), tags=TEXT_TAGS | MATH_TAGS, attributes=ATTRIBUTES, url_schemes={"http", "https", "mailto"},
                      attribute_filter=keep_attribute, link_rel="noopener noreferrer nofollow", strip_comments=True, clean_content_tags={"script", "style"})
 
 
@@ -36,13 +38,13 @@ def keep_attribute(tag, name, value):
 
 
 @functools.cache
-def parser():
+def parser(has_links):
     """HTML in the text stays text; pictures become links, since loading one would tell its host who reads."""
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True, "linkify": False, "maxNesting": 40}).enable(["table", "strikethrough"])
     markdown.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True, renderer=formula_of_options)
     markdown.inline.ruler.before("escape", "math_brackets", math_brackets)
     markdown.use(amsmath_plugin, renderer=lambda content: formula(content, True))
-    markdown.disable("image")
+    markdown.disable(["image"] if has_links else ["image", "link", "reference"])
     for name, is_block in (("math_inline", False), ("math_single", False), ("math_block", True), ("math_block_eqno", True), ("math_inline_double", True)):
         markdown.add_render_rule(name, math_rule(is_block))
     return markdown
