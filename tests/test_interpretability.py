@@ -12,7 +12,7 @@ from nanochat.interpretability import plots
 from nanochat.interpretability.attention_metrics import (SPANS, attention_metrics, entropy_of, find_options, head_statistics, measure_attention,
                                                          measure_overhead, prompt_spans)
 from nanochat.interpretability.capture import Capture
-from nanochat.interpretability.logit_lens import lens_metrics, lens_table, logit_lens
+from nanochat.interpretability.logit_lens import lens_metrics, lens_of_rollouts, lens_rows_of_table, lens_verdict, logit_lens
 from nanochat.tokenizer import Tokenizer
 from tasks.common import get_task, message_text
 
@@ -284,35 +284,63 @@ def lens_arguments(tokenizer, answered):
     return sequences, [len(sequence) - 3 for sequence in sequences], LETTERS, [tokenizer.encode(f" {letter}")[0] for letter in LETTERS]
 
 
-def test_the_lens_at_full_depth_is_the_model(tokenizer, answered):
+def test_the_lens_at_every_depth_is_the_model_cut_there(tokenizer, answered):
+    """Brute force: the first blocks of the model as a model of their own, one sequence at a time."""
     model = make_model(tokenizer.vocab_size)
     sequences, positions, letters, letter_ids = lens_arguments(tokenizer, answered)
     lens = logit_lens(model, sequences, positions, letters, letter_ids, ["B", "C", "A"], device_batch_size=2)
-    assert lens.probs.shape == (3, 4, 5) and lens.mass.shape == lens.rank.shape == (3, 4)
-    for row, (sequence, position, answer) in enumerate(zip(sequences, positions, "BCA")):
-        with torch.no_grad():
-            logits = model(torch.tensor([sequence]))[0, position]
-        torch.testing.assert_close(lens.probs[row, -1], torch.softmax(logits[letter_ids], dim=0), rtol=1e-4, atol=1e-6)
-        assert float(lens.mass[row, -1]) == pytest.approx(float(torch.softmax(logits, dim=0)[letter_ids].sum()), rel=1e-4)
-        assert int(lens.rank[row, -1]) == int((logits > logits[letter_ids["ABCDE".index(answer)]]).sum())
+    assert lens.probs.shape == lens.ranks.shape == (3, 4, 5) and lens.mass.shape == (3, 4)
+    blocks = list(model.transformer.h)
+    for depth in range(4):
+        model.transformer.h = torch.nn.ModuleList(blocks[:depth])
+        for row, (sequence, position) in enumerate(zip(sequences, positions)):
+            with torch.no_grad():
+                logits = model(torch.tensor([sequence]))[0, position]
+            torch.testing.assert_close(lens.probs[row, depth], torch.softmax(logits[letter_ids], dim=0), rtol=1e-4, atol=1e-6)
+            assert float(lens.mass[row, depth]) == pytest.approx(float(torch.softmax(logits, dim=0)[letter_ids].sum()), rel=1e-4)
+            assert lens.ranks[row, depth].tolist() == [int((logits > logits[letter]).sum()) for letter in letter_ids]
+    model.transformer.h = torch.nn.ModuleList(blocks)
+    assert lens.right.tolist() == [1, 2, 0] and lens.final.tolist() == lens.probs[:, -1].argmax(dim=-1).tolist()
+    assert torch.equal(lens.of(lens.right, lens.probs)[1], lens.probs[1, :, 2])
 
 
-def test_a_letter_appears_where_it_begins_to_lead_for_good(tokenizer, answered, monkeypatch):
+def test_the_lens_leaves_logits_bit_equal(tokenizer, answered):
+    model, inputs = make_model(tokenizer.vocab_size), ids(2, 20)
+    before = model(inputs)
+    logit_lens(model, *lens_arguments(tokenizer, answered), ["B", "C", "A"])
+    assert torch.equal(before, model(inputs)) and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_letter_appears_where_it_begins_to_lead_for_good(monkeypatch):
     """Depth by depth the best letter is: A B B C | B A B B | C C C C | and the right one is B."""
     from nanochat.interpretability import logit_lens as module
-    best = iter([torch.tensor([[0, 1, 1, 2], [1, 0, 1, 1], [2, 2, 2, 2]])])
-
-    def fake(model, sequences, positions, letter_ids, right):
-        probs = torch.nn.functional.one_hot(next(best), 5).float()
-        return probs, torch.ones(3, 4), torch.zeros(3, 4, dtype=torch.int64)
-
-    monkeypatch.setattr(module, "lens_rows", fake)
+    best = torch.tensor([[0, 1, 1, 2], [1, 0, 1, 1], [2, 2, 2, 2]])
+    monkeypatch.setattr(module, "lens_rows", lambda model, sequences, positions, letter_ids: (
+        torch.nn.functional.one_hot(best, 5).float(), torch.ones(3, 4), torch.arange(5).expand(3, 4, 5)))
     lens = logit_lens(None, [[0]] * 3, [0] * 3, LETTERS, [], ["B", "B", "B"])
-    assert lens.appears.tolist() == [-1, 2, -1]
+    assert lens.appears.tolist() == [-1, 2, -1] and lens.settles.tolist() == [3, 2, 0] and lens.final.tolist() == [2, 1, 2]
     metrics = lens_metrics(lens)
-    assert metrics["lens/found_share"] == pytest.approx(1 / 3) and metrics["lens/appears_median"] == 2
-    assert [metrics[f"lens/right_share_layer/{depth}"] for depth in range(4)] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1 / 3])
-    assert lens_table(lens).split("\n")[4].split() == ["2", "67%", "0.667", "1.000", "0", "1"] and lens_table(lens).endswith("never at 2 of 3")
+    assert metrics["lens/found_share"] == pytest.approx(1 / 3) and metrics["lens/appears_median"] == 2 and metrics["lens/settles_median"] == 2
+    for name, wanted in {"share_right": [1 / 3, 1 / 3, 2 / 3, 1 / 3], "prob_right": [1 / 3, 1 / 3, 2 / 3, 1 / 3], "prob_final": [1 / 3, 1 / 3, 2 / 3, 1],
+                         "rank_right": [1] * 4}.items():
+        assert [metrics[f"lens/layer_{depth}/{name}"] for depth in range(4)] == pytest.approx(wanted), name
+    assert lens_rows_of_table(lens)[2] == ("2", "67%", "0.667", "0.667", "1", "2", "1.000", "1", "1")
+    assert lens_verdict(lens) == "The right letter leads in the end at 1 of 3 decision points; the median of them has it for good after block 2 of 3"
+
+
+def test_a_training_log_gets_the_lens_of_the_rollouts_that_reached_a_letter(tokenizer, answered):
+    from types import SimpleNamespace
+
+    from nanochat.rl.letter_metrics import decision_point
+    model = make_model(tokenizer.vocab_size)
+    rollouts = [SimpleNamespace(prompt=sequence[:prompt], tokens=sequence[prompt:]) for sequence, prompt in answered]
+    rollouts.insert(1, SimpleNamespace(prompt=rollouts[0].prompt, tokens=tokenizer.encode("7")))
+    sequences, positions, letters, letter_ids = lens_arguments(tokenizer, answered)
+    metrics = lens_of_rollouts(model, rollouts, [{"answer_letter": letter} for letter in "BDCB"], lambda rollout: decision_point(tokenizer, rollout.tokens),
+                               dict(zip(letters, letter_ids)))
+    assert metrics == lens_metrics(logit_lens(model, sequences, positions, letters, letter_ids, ["B", "C", "B"]))
+    assert {f"lens/layer_{depth}/prob_right" for depth in range(4)} <= set(metrics)
+    assert lens_of_rollouts(model, rollouts[1:2], [{"answer_letter": "B"}], lambda rollout: None, {"B": 5}) == {}
 
 
 def test_the_lens_says_what_it_misses(tokenizer, answered):

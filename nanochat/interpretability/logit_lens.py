@@ -18,8 +18,23 @@ class Lens:
     answers: list[str]         # the right letter of each
     probs: torch.Tensor        # (N, L + 1, letters), renormalised over the letters
     mass: torch.Tensor         # (N, L + 1): the letters' probability in the whole vocabulary
-    rank: torch.Tensor         # (N, L + 1) int64: tokens of the whole vocabulary ahead of the right letter
+    ranks: torch.Tensor        # (N, L + 1, letters) int64: tokens of the whole vocabulary ahead of each letter
     appears: torch.Tensor      # (N,) int64: the depth from which on the right letter is the best letter; -1 = not even at the end
+    settles: torch.Tensor      # (N,) int64: the depth from which on the final letter is the best letter
+
+    @property
+    def right(self):
+        """(N,) places of the right letters."""
+        return torch.tensor([self.letters.index(answer) for answer in self.answers])
+
+    @property
+    def final(self):
+        """(N,) places of the letters that the whole model puts first."""
+        return self.probs[:, -1].argmax(dim=-1)
+
+    def of(self, letter, values):
+        """`values` (N, L + 1, letters) at one letter of each point, `letter` (N,) -> (N, L + 1)."""
+        return values[torch.arange(len(letter)), :, letter]
 
 
 @torch.no_grad()
@@ -31,51 +46,86 @@ def logit_lens(model, sequences, positions, letters, letter_ids, answers, device
     unknown = sorted(set(answers) - set(letters))
     if unknown:
         raise ValueError(f"the right letters {unknown} are not among the {len(letters)} letters {''.join(letters)}: leave those sequences out")
-    right = torch.tensor([list(letters).index(answer) for answer in answers])
-    parts = [lens_rows(model, sequences[i:i + device_batch_size], positions[i:i + device_batch_size], letter_ids, right[i:i + device_batch_size])
+    parts = [lens_rows(model, sequences[i:i + device_batch_size], positions[i:i + device_batch_size], letter_ids)
              for i in range(0, len(sequences), device_batch_size)]
-    probs, mass, rank = (torch.cat(part) for part in zip(*parts))
-    is_best = probs.argmax(dim=-1) == right[:, None]  # (N, L + 1)
-    held = is_best.flip(1).long().cumprod(dim=1).sum(dim=1)  # depths, counted from the end, at which it is best without a gap
-    appears = torch.where(held > 0, is_best.size(1) - held, -1)
-    return Lens(list(letters), list(answers), probs, mass, rank, appears)
+    probs, mass, ranks = (torch.cat(part) for part in zip(*parts))
+    best, right = probs.argmax(dim=-1), torch.tensor([list(letters).index(answer) for answer in answers])
+    return Lens(list(letters), list(answers), probs, mass, ranks, leads_from(best == right[:, None]), leads_from(best == best[:, -1:]))
 
 
-def lens_rows(model, sequences, positions, letter_ids, right):
+def leads_from(is_best):
+    """(N, L + 1) bool -> (N,) the depth from which on it is True without a gap; -1 where it is not True at the end."""
+    held = is_best.flip(1).long().cumprod(dim=1).sum(dim=1)  # depths, counted from the end
+    return torch.where(held > 0, is_best.size(1) - held, -1)
+
+
+def lens_rows(model, sequences, positions, letter_ids):
     T = max(positions) + 1  # causal: what follows the decision point changes nothing
     inputs = torch.tensor([(row + [0] * T)[:T] for row in sequences], device=model.device)
     with Capture(model, queries_and_keys=False, residual=True) as seen:
         model.hidden(inputs)
     rows = torch.arange(len(sequences), device=model.device)
     stream = torch.stack([residual[rows, torch.tensor(positions, device=model.device)] for residual in seen.residual], dim=1)  # (n, L + 1, C)
-    logits = torch.stack([model.logits(norm(depth)).cpu() for depth in stream.unbind(1)], dim=1)  # (n, L + 1, V)
-    of_letters = logits[:, :, letter_ids]
-    right_logit = of_letters.gather(2, right[:, None, None].expand(-1, logits.size(1), 1))
-    probs = torch.softmax(of_letters, dim=-1)
-    mass = torch.softmax(logits, dim=-1)[:, :, letter_ids].sum(dim=-1)
-    return probs, mass, (logits > right_logit).sum(dim=-1)
+    probs, mass, ranks = [], [], []
+    for depth in stream.unbind(1):  # one depth at a time: n * V numbers
+        logits = model.logits(norm(depth))
+        of_letters = logits[:, letter_ids]
+        probs.append(torch.softmax(of_letters, dim=-1))
+        mass.append(torch.softmax(logits, dim=-1)[:, letter_ids].sum(dim=-1))
+        ranks.append(torch.stack([(logits > one[:, None]).sum(dim=-1) for one in of_letters.unbind(1)], dim=-1))
+    return tuple(torch.stack(part, dim=1).cpu() for part in (probs, mass, ranks))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
 
 def lens_metrics(lens):
-    """-> metrics: over the decision points, at each depth the share whose best letter is right, the mean probability of the right
-    letter, and the median depth at which it appears (of those where it does)."""
-    right = torch.tensor([lens.letters.index(answer) for answer in lens.answers])
-    is_best, of_right = lens.probs.argmax(dim=-1) == right[:, None], lens.probs[torch.arange(len(right)), :, right]
-    metrics = {"lens/found_share": (lens.appears >= 0).double().mean().item()}
+    """-> metrics: over the decision points, at each depth the mean probability of the right and of the final letter among the letters, the
+    share whose best letter is right, and the median rank of the right letter in the vocabulary; and the share of points where the right
+    letter is found at the end, with the median depth at which it appears there."""
+    best = lens.probs.argmax(dim=-1)
+    metrics = {"lens/found_share": (lens.appears >= 0).double().mean().item(), "lens/settles_median": lens.settles.double().median().item()}
     if (lens.appears >= 0).any():
         metrics["lens/appears_median"] = lens.appears[lens.appears >= 0].double().median().item()
+    of_right, of_final, ranks = lens.of(lens.right, lens.probs), lens.of(lens.final, lens.probs), lens.of(lens.right, lens.ranks)
     for depth in range(lens.probs.size(1)):
-        metrics[f"lens/right_share_layer/{depth}"] = is_best[:, depth].double().mean().item()
-        metrics[f"lens/right_prob_layer/{depth}"] = of_right[:, depth].double().mean().item()
+        metrics[f"lens/layer_{depth}/prob_right"] = of_right[:, depth].double().mean().item()
+        metrics[f"lens/layer_{depth}/prob_final"] = of_final[:, depth].double().mean().item()
+        metrics[f"lens/layer_{depth}/share_right"] = (best[:, depth] == lens.right).double().mean().item()
+        metrics[f"lens/layer_{depth}/rank_right"] = ranks[:, depth].double().median().item()
     return metrics
 
 
-def lens_table(lens):
-    """-> a plain-text table, one line per depth: how often the right letter is the best one, its probability among the letters, the
-    letters' share of the vocabulary, the median rank of the right letter, and at how many points it appears there."""
-    metrics, N = lens_metrics(lens), len(lens.answers)
-    lines = [f"{N} decision points", "depth  right  p(right)  letter mass  median rank  appears"]
+def lens_of_rollouts(model, rollouts, conversations, decision_point, letter_ids, device_batch_size=8):
+    """Rollouts with `prompt` and `tokens`, the conversation of each, and {letter: token id} -> lens_metrics, for a training log; {} where no
+    rollout reached a decision point. `decision_point(rollout)` is the place of the letter's token in its completion, or None."""
+    points = [(rollout, conversation["answer_letter"], place) for rollout, conversation in zip(rollouts, conversations)
+              if conversation.get("answer_letter") in letter_ids and (place := decision_point(rollout)) is not None]
+    if not points:
+        return {}
+    sequences, positions = zip(*((rollout.prompt + rollout.tokens, len(rollout.prompt) - 1 + place) for rollout, _, place in points))
+    return lens_metrics(logit_lens(model, sequences, positions, list(letter_ids), list(letter_ids.values()), [answer for _, answer, _ in points], device_batch_size))
+
+
+LENS_HEAD = ("blocks passed", "right letter leads", "p(right)", "p(final)", "tokens ahead of right", "of final", "letters' mass", "right appears", "final settles")
+
+
+def lens_rows_of_table(lens):
+    """-> rows of texts under LENS_HEAD, one per depth: p is among the letters, the tokens ahead are counted over the whole vocabulary (median)."""
+    metrics, final_ranks, rows = lens_metrics(lens), lens.of(lens.final, lens.ranks), []
     for depth in range(lens.probs.size(1)):
-        lines.append(f"{depth:5d}  {metrics[f'lens/right_share_layer/{depth}']:5.0%}  {metrics[f'lens/right_prob_layer/{depth}']:8.3f}  "
-                     f"{lens.mass[:, depth].mean():11.3f}  {int(lens.rank[:, depth].median()):11d}  {int((lens.appears == depth).sum()):7d}")
-    return "\n".join([*lines, f"never at {int((lens.appears < 0).sum())} of {N}"])
+        of_depth = {name: metrics[f"lens/layer_{depth}/{name}"] for name in ("share_right", "prob_right", "prob_final", "rank_right")}
+        rows.append((str(depth), f"{of_depth['share_right']:.0%}", f"{of_depth['prob_right']:.3f}", f"{of_depth['prob_final']:.3f}", f"{of_depth['rank_right']:.0f}",
+                     f"{final_ranks[:, depth].double().median():.0f}", f"{lens.mass[:, depth].mean():.3f}", str(int((lens.appears == depth).sum())),
+                     str(int((lens.settles == depth).sum()))))
+    return rows
+
+
+def lens_verdict(lens):
+    """One sentence: where the letter appears."""
+    N, L, found = len(lens.answers), lens.probs.size(1) - 1, lens.appears >= 0
+    if not found.any():
+        return f"The right letter leads at none of the {N} decision points, at no depth"
+    depth = int(lens.appears[found].median())
+    where = "already before the first block" if depth == 0 else f"after block {depth} of {L}"
+    return f"The right letter leads in the end at {int(found.sum())} of {N} decision points; the median of them has it for good {where}"

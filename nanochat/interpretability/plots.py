@@ -114,30 +114,39 @@ def plot_heads(table, path, layers=None):
 
 
 def plot_lens(lens, path):
-    """A Lens -> a PNG: how the right letter's probability grows over the depth, and where it begins to lead."""
-    depths = range(lens.probs.size(1))
-    N = len(lens.answers)
-    right = torch.tensor([lens.letters.index(answer) for answer in lens.answers])
-    of_right = lens.probs[torch.arange(N), :, right].numpy()  # (N, L + 1)
-    is_best = (lens.probs.argmax(dim=-1) == right[:, None]).double().mean(dim=0).numpy()
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, middle, last = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    """A Lens -> a PNG: over the depth, the probability of the right and of the final letter among the letters, their ranks in the vocabulary,
+    how often the right one leads, and at which depth each begins to lead for good."""
+    depths, N = range(lens.probs.size(1)), len(lens.answers)
+    blue, orange = SPAN_COLORS["question"], SPAN_COLORS["options"]
+    of_right, of_final = lens.of(lens.right, lens.probs), lens.of(lens.final, lens.probs)  # (N, L + 1)
+    leads = (lens.probs.argmax(dim=-1) == lens.right[:, None]).double().mean(dim=0)
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    probs, ranks, shares, counts = figure.subplots(1, 4)
     for row in of_right[:64]:
-        left.plot(depths, row, color=FAINT, alpha=0.25, linewidth=0.7)
-    left.plot(depths, of_right.mean(axis=0), color=SPAN_COLORS["question"], linewidth=2)
-    left.axhline(1 / len(lens.letters), color=SPAN_COLORS["options"], linewidth=0.8, linestyle="--")
-    left.set_title("p(right letter), each point and the mean", fontsize=8, loc="left", color=INK)
-    middle.plot(depths, is_best, color=SPAN_COLORS["question"], linewidth=2, marker="o", markersize=3, label="right letter is the best letter")
-    middle.plot(depths, lens.mass.mean(dim=0).numpy(), color=SPAN_COLORS["options"], linewidth=1.2, label="letters' share of the vocabulary")
-    middle.legend(fontsize=6, frameon=False)
-    middle.set_title("share of points", fontsize=8, loc="left", color=INK)
-    counts = [int((lens.appears == depth).sum()) for depth in depths]
-    last.bar(depths, counts, color=SPAN_COLORS["question"], width=0.7)
-    last.set_title(f"appears at (never: {int((lens.appears < 0).sum())} of {N})", fontsize=8, loc="left", color=INK)
-    last.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for ax in (left, middle):
+        probs.plot(depths, row, color=FAINT, alpha=0.2, linewidth=0.6)
+    probs.plot(depths, of_right.mean(dim=0), color=blue, linewidth=2, label="right letter (grey: single points)")
+    probs.plot(depths, of_final.mean(dim=0), color=orange, linewidth=1.4, label="final letter")
+    probs.axhline(1 / len(lens.letters), color=FAINT, linewidth=0.8, linestyle="--", label="chance")
+    probs.set_title("mean probability among the letters", fontsize=8, loc="left", color=INK)
+    for name, letter, color in (("right letter", lens.right, blue), ("final letter", lens.final, orange)):
+        low, middle, high = torch.quantile(lens.of(letter, lens.ranks).double() + 1, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+        ranks.fill_between(depths, low, high, color=color, alpha=0.12, linewidth=0)
+        ranks.plot(depths, middle, color=color, linewidth=1.6, label=name)
+    ranks.set_yscale("log")
+    ranks.yaxis.set_major_formatter("{x:g}")
+    ranks.invert_yaxis()
+    ranks.set_title("place in the vocabulary (median, quartiles)", fontsize=8, loc="left", color=INK)
+    shares.plot(depths, leads, color=blue, linewidth=2, marker="o", markersize=3, label="right letter leads")
+    shares.plot(depths, lens.mass.mean(dim=0), color=FAINT, linewidth=1.2, label="letters' share of the vocabulary")
+    shares.set_title(f"share of {N} points", fontsize=8, loc="left", color=INK)
+    for offset, name, depth_of, color in ((-0.2, "right letter appears", lens.appears, blue), (0.2, "final letter settles", lens.settles, orange)):
+        counts.bar([depth + offset for depth in depths], [int((depth_of == depth).sum()) for depth in depths], color=color, width=0.38, label=name)
+    counts.set_title(f"points by depth (right never leads: {int((lens.appears < 0).sum())})", fontsize=8, loc="left", color=INK)
+    counts.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for ax in (probs, shares):
         ax.set_ylim(-0.02, 1.02)
-    for ax in (left, middle, last):
+    for ax in (probs, ranks, shares, counts):
+        ax.legend(fontsize=6, edgecolor="none", framealpha=0.85)
         ax.set_xlabel("blocks passed", fontsize=7, color=FAINT)
         ax.tick_params(labelsize=6)
         ax.set_xticks(list(depths)[::max(1, len(depths) // 10)])
