@@ -65,7 +65,11 @@ def fetch(config):
         return None
     cache = base_dir() / ".fetched" / config.repo.replace("/", "--")  # an interrupted download goes on here
     download(config.repo, files, cache, config.revision)
-    imported = read_any(cache / inside, step=config.step)  # checks every SHA-256
+    try:
+        imported = read_any(cache / inside, step=config.step)  # checks every SHA-256
+    except ValueError:
+        shutil.rmtree(cache)                            # what arrived damaged must not be taken for what is there already
+        raise
     stage = known_stage(imported, config.source)
     tag = config.save_as or config.model_tag or imported.meta.get("model_tag") or f"d{imported.config.n_layer}"
     folder = install(imported, stage, tag, config.overwrite)

@@ -3,8 +3,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, split_pattern
 from scripts import export_to_hf
 from tasks.common import get_task, task_names
 from tests.checkpoints import noisy_model, save_small, small_tokenizer
-from tests.fakes.hub_upload import UploadHub
+from tests.fakes.hub_upload import Commands, UploadHub
 from tests.test_tasks import DATA, build
 
 ROOT = Path(__file__).parents[1]
@@ -257,26 +255,24 @@ def test_the_card_survives_whatever_an_evaluation_file_holds(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", META])
 def test_a_torn_folder_names_its_file_and_leaves_the_base_directory_alone(exported, tmp_path, monkeypatch, name):
-    base, folder, _, _ = exported
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    folder = exported[1]
     content, draw = (folder / name).read_bytes(), random.Random(name)
-    for with_meta in (True, False):
-        for kind in range(12):
-            torn = tmp_path / f"{with_meta}{kind}"
-            shutil.copytree(folder, torn)
-            cut, where = draw.randrange(len(content)), draw.randrange(len(content))
-            damaged = {0: b"", 1: b"[]", 2: b"{}", 3: b"null", 4: os.urandom(300), 5: b"[" * 100_000}.get(kind, content[:cut] if kind % 2 else
-                      content[:where] + bytes([content[where] ^ 0x15]) + content[where + 1:])
-            (torn / name).write_bytes(damaged)
-            if not with_meta and name != META:
-                (torn / META).unlink()
-            try:
-                export_to_hf.main(export_to_hf.Config(import_dir=str(torn), source="sft", model_tag="t", overwrite=True))
-            except ValueError as error:
-                assert str(torn) in str(error) and len(str(error)) < 1500, error
-                assert not list((tmp_path / "base").rglob("meta_*.json")) or kind > 5
-            else:
-                assert kind > 5 and (not with_meta or name == META) or name == META and kind == 2  # a flipped bit in a weight without its checksum
+    for kind in range(20):
+        torn, base, with_meta = tmp_path / f"torn{kind}", tmp_path / f"base{kind}", kind % 2 == 0 or name == META
+        shutil.copytree(folder, torn)
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+        cut, where = draw.randrange(len(content)), draw.randrange(len(content))
+        flipped = content[:where] + bytes([content[where] ^ 0x15]) + content[where + 1:]
+        (torn / name).write_bytes({0: b"", 1: b"[]", 2: b"null", 3: os.urandom(300), 4: b"[" * 100_000, 5: b""}.get(kind, content[:cut] if kind < 12 else flipped))
+        if not with_meta:
+            (torn / META).unlink()
+        try:
+            export_to_hf.main(export_to_hf.Config(import_dir=str(torn), source="sft", model_tag="t"))
+        except ValueError as error:
+            assert str(torn) in str(error) and len(str(error)) < 1500, error
+            assert not list(base.rglob("*"))
+        else:
+            assert kind >= 12 and (not with_meta or name == META), kind  # a flipped bit that only a checksum would have shown
 
 
 @pytest.mark.parametrize("change, problem", [
@@ -337,26 +333,22 @@ def test_an_import_replaces_neither_a_checkpoint_nor_a_tokenizer_unasked(exporte
 
 def test_push_uploads_the_folder_privately_and_the_hub_accepts_the_card(exported, tmp_path):
     base = exported[0]
-    with UploadHub(tmp_path / "repos") as hub:
-        def run(*flags, module="scripts.export_to_hf", **changes):
-            environment = {**os.environ, **hub.env(tmp_path / "home"), "NANOCHAT_BASE_DIR": str(base), **changes}
-            return subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        dry = run("-i", "rl", "--push", "me/tiny", "--dry-run")
-        assert dry.returncode == 0 and "nothing was sent" in dry.stdout and hub.requests == [], dry.stderr
-        pushed = run("-i", "rl", "--push", "me/tiny")
-        assert pushed.returncode == 0, pushed.stderr
+    with UploadHub(tmp_path / "repos") as hub, Commands(hub, tmp_path / "home") as run:
+        error, output = run(base, "scripts.export_to_hf", "-i", "rl", "--push", "me/tiny", "--dry-run")
+        assert error is None and "nothing was sent" in output and hub.requests == []
+        error, _ = run(base, "scripts.export_to_hf", "-i", "rl", "--push", "me/tiny")
+        assert error is None, error
         assert hub.private == {"me/tiny": True} and hub.validated == [True] and hub.commits == [("me/tiny", "rl tiny, step 12")]
         (base / "report").mkdir(exist_ok=True)
         for name in ("report.md", "report.html"):
             (base / "report" / name).write_text("numbers")
-        released = run("--repo-id", "me/release", "--public", module="scripts.sync_to_hub")
-        assert released.returncode == 0, released.stderr
+        error, _ = run(base, "scripts.sync_to_hub", "--repo-id", "me/release", "--public")
+        assert error is None, error
         assert hub.private["me/release"] is False and (tmp_path / "repos" / "me" / "release" / "report.html").read_text() == "numbers"
-        refused = run("-i", "rl", "--push", "me/other", HF_TOKEN="hf_wrong")
-        assert refused.returncode == 1 and "hf auth login" in refused.stderr.strip().splitlines()[-1] and "hf_wrong" not in refused.stderr + refused.stdout
-    folder = base / "hf_export" / "tiny_rl"
+        error, output = run(base, "scripts.export_to_hf", "-i", "rl", "--push", "me/other", token="hf_wrong")
+        assert "hf auth login" in error and "hf_wrong" not in error + output
     sent = tmp_path / "repos" / "me" / "tiny"
-    assert {path.name for path in sent.iterdir()} == {path.name for path in folder.iterdir()}
+    assert {path.name for path in sent.iterdir()} == {path.name for path in (base / "hf_export" / "tiny_rl").iterdir()}
     read_folder(sent)  # all checksums agree
 
 

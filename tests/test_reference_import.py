@@ -123,8 +123,9 @@ def test_torn_and_hostile_files_are_named_and_nothing_is_saved(base, tmp_path, n
         assert not list(base.rglob("*.pt")) and not list(base.rglob("meta_*.json"))
     with pytest.raises(ValueError, match="no folder"):
         bring_in(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither config.json nor a meta"):
-        bring_in(base)
+        bring_in(tmp_path / "empty")
 
 
 def test_a_checkpoint_of_ours_in_another_base_directory_is_imported_with_its_checksums(base, tmp_path, monkeypatch):

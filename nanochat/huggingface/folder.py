@@ -31,6 +31,8 @@ PARTS = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c
 FIXED = {"model_type": ("nanochat", None), "hidden_act": ("relu2", "relu2"), "rms_norm_eps": (1e-6, 1e-6), "final_logit_softcapping": (SOFTCAP, SOFTCAP),
          "attention_bias": (False, False), "tie_word_embeddings": (False, False)}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# beyond these a damaged number would cost memory before it is noticed
+LARGEST = {"sequence_len": 2**20, "vocab_size": 2**24, "n_layer": 2**12, "n_head": 2**12, "n_kv_head": 2**12, "n_embd": 2**16}
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, o
 @contextmanager
 def replaced_folder(folder, marker, overwrite=False):
     """An empty folder to fill, which takes `folder`'s place when the block ends well and vanishes when it does not. A kill between
-    the two renames leaves the old content in .NAME.old beside it."""
+    the two renames leaves the old content in .NAME.old, and the next export puts it back."""
     folder = Path(folder).expanduser().absolute()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file() and not overwrite):
         raise ValueError(f"{folder} exists and was not made by an export (it has no {marker}): choose another --output, or --overwrite to replace it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = folder.with_name(f".{folder.name}.{os.getpid()}.partial"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():            # an earlier export was killed between the two renames
+        old.rename(folder)
     for path in (partial, old):
         shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
@@ -130,7 +134,10 @@ def read_folder(folder):
     is torn, missing, or beyond this architecture."""
     folder = Path(folder)
     meta = read_json(folder / META) if (folder / META).is_file() else {}
-    for name, digest in (meta.get("files") or {}).items():
+    checksums = meta.get("files", {})
+    if not isinstance(checksums, dict):
+        raise ValueError(f"{folder / META} is damaged: export or fetch the folder again, or delete that file")
+    for name, digest in checksums.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"{folder / name} is missing or does not have the SHA-256 that {META} records: the folder is torn or changed, "
                              f"export or fetch it again (delete {META} to import a folder that was changed on purpose)")
@@ -180,9 +187,12 @@ def checked_sizes(sizes, path):
         raise ValueError(f"{path} describes the sizes {', '.join(sorted(sizes))}; {', '.join(odd)} {'is' if len(odd) == 1 else 'are'} missing or beyond "
                          "the October 2025 architecture: it cannot be imported")
     for name, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= 10_000_000:
-            raise ValueError(f"{path} has {name}={value!r} instead of a positive number: restore it, or fetch the folder again")
-    return GPTConfig(**sizes)
+        if type(value) is not int or not 1 <= value <= LARGEST[name]:
+            raise ValueError(f"{path} has {name}={value!r} instead of a positive number up to {LARGEST[name]}: restore it, or fetch the folder again")
+    try:
+        return GPTConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_safetensors(folder):

@@ -19,8 +19,8 @@ def check_repo(repo):
 @contextmanager
 def hub_errors(repo):
     """The client's many exceptions -> one ValueError, in words."""
-    import requests
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled,
+                                        RepositoryNotFoundError)
     try:
         yield
     except (RepositoryNotFoundError, GatedRepoError) as error:
@@ -35,7 +35,7 @@ def hub_errors(repo):
         raise ValueError(f"{repo}: {error}") from error
     except OfflineModeIsEnabled as error:
         raise ValueError(f"{repo} is on the Hub and HF_HUB_OFFLINE=1 forbids to ask it: unset that, or use a local folder") from error
-    except (ConnectionError, TimeoutError, requests.ConnectionError) as error:
+    except (ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
         raise ValueError(f"the Hub cannot be reached for {repo} ({type(error).__name__}): check the network, then run the same command again") from error
     except Exception as error:  # the transport's own family of errors, whichever library is underneath
         if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):

@@ -5,6 +5,9 @@ What is committed lands in a folder under `root`, from which the download half s
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -88,3 +91,41 @@ class UploadHub(FakeHub):
     def __init__(self, root, repos=(), faults=None):
         super().__init__(dict(repos), faults)
         self.root, self.private, self.blobs, self.commits, self.validated = Path(root), {}, {}, [], []
+
+
+# Importing torch takes longer than a command, and the client reads HF_ENDPOINT on import: one process runs them all.
+DRIVER = """
+import contextlib, importlib, io, json, os, sys
+from nanochat.configurator import parse
+for line in sys.stdin:
+    base, token, name, argv = json.loads(line)
+    os.environ.update(NANOCHAT_BASE_DIR=base, HF_TOKEN=token)
+    module, error, output = importlib.import_module(name), None, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            module.main(parse(module.Config, argv))
+    except ValueError as problem:
+        error = str(problem)
+    print(json.dumps([error, output.getvalue()]), flush=True)
+"""
+
+
+class Commands:
+    """`with Commands(hub, home) as run:` and then run(base directory, "scripts.x", "--flag=1") -> (message of its ValueError or None, output)."""
+
+    def __init__(self, hub, home):
+        self.environment = {**os.environ, **hub.env(home)}
+
+    def __enter__(self):
+        self.process = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=Path(__file__).parents[2], env=self.environment, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def __call__(self, base, module, *argv, token="hf_fake"):
+        self.process.stdin.write(json.dumps([str(base), token, module, list(argv)]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
