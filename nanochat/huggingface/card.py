@@ -24,8 +24,8 @@ PRETRAINING = ("HuggingFaceFW/fineweb-edu", "ODC-By")
 EMBEDDED = "embedded algebra"
 
 
-def model_card(meta, num_params, command, name=""):
-    """The metadata of a checkpoint, its number of parameters and the command that exports it -> README.md as text."""
+def model_card(meta, num_params, command, name="", dtype="float32"):
+    """The metadata of a checkpoint, its number of parameters, the command that exports it and the number format -> README.md as text."""
     from huggingface_hub import ModelCardData  # half a second that only an export spends
     stage, tag = meta.get("stage", "?"), meta.get("model_tag", "?")
     report = run_report.collect(run_report.Config())
@@ -38,7 +38,7 @@ def model_card(meta, num_params, command, name=""):
         tags=["nanochat", "conversational", stage] + (["reinforcement-learning"] if stage == "rl" else []),
         datasets=sorted({hub_id for hub_id, _, _ in data if "/" in hub_id}) or None, metrics=["accuracy"] if own else None,
         eval_results=[result for row in own for result in eval_results(row, data)] or None)
-    parts = [f"---\n{front.to_yaml().strip()}\n---", f"# {name}", overview(meta, num_params), results(own, rows, stage), limits(meta, own), usage(stage),
+    parts = [f"---\n{front.to_yaml().strip()}\n---", f"# {name}", overview(meta, num_params, dtype), results(own, rows, stage), limits(meta, own), usage(stage),
              data_section(data), origin(meta, runs, command), licence(data)]
     return "\n\n".join(parts) + "\n"
 
@@ -64,12 +64,13 @@ def eval_results(row, data):
 
 # -- the text -----------------------------------------------------------------------------------------------------------
 
-def overview(meta, num_params):
+def overview(meta, num_params, dtype):
     sizes = meta["model_config"]
     return (f"A language model of {num_params:,} parameters, trained from scratch with nanochat-aquarat: {LAST_MESSAGE.get(meta.get('stage'), 'trained elsewhere')}. "
             f"{sizes['n_layer']} layers, width {sizes['n_embd']}, {sizes['n_head']} heads ({sizes['n_kv_head']} of keys and values), a context of "
             f"{sizes['sequence_len']} tokens, {sizes['vocab_size']} vocabulary rows; rotary positions, QK-norm, relu² MLP, soft-capped logits "
-            "(`NanoChatForCausalLM`). The weights are those of the checkpoint, unchanged.")
+            "(`NanoChatForCausalLM`). " + ("The weights are those of the checkpoint, unchanged." if dtype == "float32" else
+                                           f"The weights are the checkpoint's, rounded to {dtype}; what was measured was measured before."))
 
 
 def results(own, rows, stage):
@@ -165,7 +166,8 @@ def data_section(data):
 
 def origin(meta, runs, command):
     """The commit, the export's own command, and each stage's command with every knob, from the logs' headers."""
-    lines = ["## How it was made", "", f"Exported by {run_report.git_state()}, step {meta.get('step')} of stage {meta.get('stage')}, model tag `{meta.get('model_tag')}`:",
+    lines = ["## How it was made", "", f"Exported by {run_report.git_state()}, step {meta.get('step')} of stage {meta.get('stage')}, model tag `{meta.get('model_tag')}`, "
+             f"trained by {meta.get('world_size', 'an unknown number of')} process(es):",
              "", "```bash", command, "```"]
     order = list(SCRIPTS)
     last = order.index(meta["stage"]) if meta.get("stage") in order else -1

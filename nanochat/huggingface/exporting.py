@@ -25,7 +25,8 @@ def export_checkpoint(stage, model_tag, step, output, dtype, command, name="", e
         for path in extras:
             shutil.copyfile(path, folder / Path(path).name)
 
-    write_folder(output, model, tokenizer, meta, model_card(meta, model.num_params(), command, name), DTYPES[dtype], overwrite, add_extras)
+    write_folder(output, model, tokenizer, meta, model_card(meta, model.num_params(), command, name, dtype), DTYPES[dtype],
+                 overwrite, add_extras)
     print0(f"{output}: {stage} {meta['model_tag']} at step {meta['step']}, {model.num_params():,} parameters in {dtype}")
     return output, meta
 

@@ -61,6 +61,7 @@ def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, o
         state = model.state_dict()
         tensors = {theirs: state[ours].to("cpu", dtype).contiguous() for ours, theirs in names(model.config.n_layer).items()}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        os.chmod(partial / "model.safetensors", 0o644)  # safetensors lets only the owner read it
         contents = {
             "config.json": model_config(model.config, tokenizer, dtype),
             "generation_config.json": generation_config(tokenizer),
