@@ -13,6 +13,7 @@ from nanochat.core_bundle import CORE_LABELS
 from nanochat.likelihood import Sequence, score
 
 WINDOW = 512                                            # items rendered at once: bounds the memory that their tokens take
+MAX_SHOWN = 16                                          # characters of a constant answer in a table
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -165,18 +166,24 @@ def task_numbers(task, records):
     accuracy = sum(record["correct"] for record in records) / n
     numbers = {"n": n, "accuracy": accuracy, "random_baseline": task.random_baseline, "centred": centred(accuracy, task.random_baseline),
                "cropped": sum(record["cropped"] > 0 for record in records) / n, "too_long": sum("too_long" in record for record in records) / n}
-    items = [task.items[record["index"]] for record in records]
+    # what does not ask the model is counted over the whole task: a sample's best constant is the best by luck
+    items, total = task.items, len(task.items)
     if task.kind == "language_modeling":
-        answer, count = min(Counter(item.continuations[0] for item in items).items(), key=lambda pair: (-pair[1], pair[0]))
-        return {**numbers, "best_constant": {"letter": repr(answer), "share": count / n}, "blind": None}
+        answer, count = most_common(item.continuations[0] for item in items)
+        return {**numbers, "best_constant": {"letter": repr(answer[:MAX_SHOWN]), "share": count / total}, "blind": None}
     sides = [max(item.contexts, item.continuations, key=len) for item in items]
-    place, count = min(Counter(item.gold for item in items).items(), key=lambda pair: (-pair[1], pair[0]))
-    return {**numbers, "best_constant": {"letter": f"choice {place + 1}", "share": count / n},
-            "by_choices": sum(1 / len(side) for side in sides) / n,
-            "first": sum(item.gold == 0 for item in items) / n,
-            "shortest": sum(extreme_share(side, item.gold, min) for side, item in zip(sides, items)) / n,
-            "longest": sum(extreme_share(side, item.gold, max) for side, item in zip(sides, items)) / n,
+    place, count = most_common(item.gold for item in items)
+    return {**numbers, "best_constant": {"letter": f"choice {place + 1}", "share": count / total},
+            "by_choices": sum(1 / len(side) for side in sides) / total,
+            "first": sum(item.gold == 0 for item in items) / total,
+            "shortest": sum(extreme_share(side, item.gold, min) for side, item in zip(sides, items)) / total,
+            "longest": sum(extreme_share(side, item.gold, max) for side, item in zip(sides, items)) / total,
             "blind": sum(record["blind"] == record["gold"] for record in records) / n}
+
+
+def most_common(values):
+    """(value, count) of the most frequent; of equals the first in order."""
+    return min(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def extreme_share(side, gold, extreme):
@@ -189,11 +196,10 @@ def extreme_share(side, gold, extreme):
 def core_score(numbers, is_whole=True):
     """{label: task_numbers} -> {"name", "value", "blind"}: the mean centred score. Over other than the 22 whole tasks it has another name.
     `blind` is the same mean for the better of guessing, the best constant answer and (where there is one) the choices without context."""
-    complete = is_whole and set(numbers) == set(CORE_LABELS)
-    missing = [label for label in CORE_LABELS if label not in numbers]
-    name = "CORE" if complete else f"mean of {len(numbers)} centred scores"
-    if not complete:
-        name += f" (not CORE: {'only a sample of each task' if not missing and is_whole is False else f'{len(missing)} of its 22 tasks are missing'})"
+    missing = sum(label not in numbers for label in CORE_LABELS)
+    reasons = [f"{missing} of its 22 tasks are missing"] * (missing > 0) + ["the tasks are sampled"] * (not is_whole)
+    complete = not reasons and len(numbers) == len(CORE_LABELS)
+    name = "CORE" if complete else f"mean of {len(numbers)} centred scores (not CORE: {', '.join(reasons) or 'other tasks are among them'})"
     blind = [max(0.0, *(centred(value, one["random_baseline"]) for value in (one["best_constant"]["share"], one["blind"]) if value is not None))
              for one in numbers.values()]
     return {"name": name, "is_core": complete, "value": sum(one["centred"] for one in numbers.values()) / len(numbers), "blind": sum(blind) / len(blind)}
