@@ -40,7 +40,7 @@ class Config:
     text_chars: int = 20_000_000  # characters of pretraining text
     train_rows: int = 60_000      # algebra problems in aqua/train.jsonl
     validation_rows: int = 1_000  # different problems in aqua/validation.jsonl
-    test_rows: int = 1_000        # different problems in aqua/test.jsonl
+    test_rows: int = 3_000        # different problems in aqua/test.jsonl
     identity_rows: int = 400      # conversations about the model and small talk
     output_dir: str | None = None  # where base_data/, aqua/ and identity_conversations.jsonl go (None = the base directory)
 
