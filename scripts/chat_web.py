@@ -18,7 +18,6 @@ Beyond 127.0.0.1 (--host) a key is demanded: NANOCHAT_API_KEY in the environment
 too, but whoever may list this machine's processes reads it there. There is no TLS: put a reverse proxy in front for that.
 """
 import asyncio
-import ipaddress
 import random
 import signal
 import socket
@@ -37,10 +36,12 @@ from nanochat.interpretability.attention_metrics import prompt_spans
 from nanochat.interpretability.capture import Capture
 from nanochat.interpretability.plots import token_labels
 from nanochat.rl.letter_metrics import decision_point, letter_ids, letters_at
-from nanochat.serving.app import Json, Settings, build_app, while_connected
+from nanochat.serving.app import Settings, build_app
+from nanochat.serving.guard import is_loopback
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.pool import Pool
 from nanochat.serving.protocol import ApiError, Message, Strict
+from nanochat.serving.transport import Json, while_connected
 from tasks.aqua import AQUA
 from tasks.common import message_text
 
@@ -78,11 +79,12 @@ def main(config):
                          ".env), or give --api-key-file=FILE")
     computes = devices(config)
     metrics = Metrics()
-    pool = Pool(computes, metrics, config.source, config.model_tag, config.step, config.max_rows, config.max_queue, config.max_models)
+    pool = Pool(computes, metrics, config.source, config.model_tag, config.step, config.max_rows, config.max_queue, config.max_models,
+                config.timeout_s)
     try:
         name = "/".join(map(str, pool.preload()))
     except (ApiError, ValueError) as error:
-        raise SystemExit(f"chat_web: {error}. Train one first (bash run_aquarat_small.sh), choose another stage (-i base, mid, sft, rl), "
+        raise SystemExit(f"chat_web: {getattr(error, 'detail', error)}. Train one first (bash run_aquarat_small.sh), choose another stage (-i base, mid, sft, rl), "
                          "or set NANOCHAT_BASE_DIR") from None
     settings = Settings(config.temperature, config.top_k, config.max_tokens, config.max_tokens_limit, config.max_body_bytes, config.timeout_s)
     app = build_app(pool, settings, metrics, Path(__file__).with_name("chat_web.html"), key, (router,), print0 if config.access_log else None)
@@ -140,13 +142,6 @@ def dotenv(name, path=".env"):
     return values[-1] if values else ""
 
 
-def is_loopback(host):
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def listen(host, port):
     """A listening socket, so that an occupied port is told in words and port 0 has a number."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -171,7 +166,7 @@ MAX_QUERIES, MAX_KEYS = 32, 160  # of a heatmap: what can still be read
 
 class Thought(Strict):
     """A conversation that ends with the question, and what the assistant has said so far."""
-    model: str = Field("", max_length=200)
+    model: str | None = Field(None, max_length=200)
     messages: list[Message] = Field(min_length=1, max_length=2000)
     text: str = ""
 

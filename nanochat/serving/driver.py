@@ -7,6 +7,7 @@ import asyncio
 import queue
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -127,6 +128,7 @@ class Driver(threading.Thread):
         try:
             action(seat)
         except Exception as error:  # whatever a device can throw
+            traceback.print_exc()
             self.metrics.count("nanochat_engine_errors_total")
             jobs = {other for other, _, _ in seat.answers.values()} | {other for other in self.scorings if other.seat is seat}
             jobs |= {job} if job is not None else set()

@@ -3,8 +3,10 @@
 Plain ASGI, so that a client that leaves is noticed at once. The log has method, route, status and time: no body, no query, no path
 that a client made up.
 """
+import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import time
 
@@ -13,12 +15,12 @@ from nanochat.serving.protocol import ApiError
 OPEN_PATHS = ("/", "/health", "/favicon.ico")  # without the key: what a browser and a load balancer ask before they have one
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"cross-origin-resource-policy", b"same-origin")]
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+BODY_SECONDS = 30.0  # for the whole body to arrive
 
 
 class Guard:
     """`api_key` "" = none is asked for; then only requests addressed to this machine by a loopback name are answered, so that no
-    foreign page can reach the server under a name of its own (DNS rebinding)."""
+    foreign page can reach the server, not even under a name of its own (DNS rebinding)."""
 
     def __init__(self, app, metrics, api_key="", max_body=1 << 20, log=None):
         self.app, self.metrics, self.max_body, self.log = app, metrics, max_body, log
@@ -28,12 +30,19 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, size = time.perf_counter(), 0, 0
+        began, status, size, is_complete = time.perf_counter(), 0, 0, False
 
         async def limited_receive():
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_complete
+            if is_complete:  # what comes now is that the client has left
+                return await receive()
+            try:
+                async with asyncio.timeout(began + BODY_SECONDS - time.perf_counter()):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="body_too_slow") from None
             size += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
             if size > self.max_body:
                 raise too_large(self.max_body)
             return message
@@ -65,20 +74,28 @@ class Guard:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self.key_digest is None:
-            if host.rpartition(":")[0] not in LOOPBACK and host not in LOOPBACK:
+            if not is_loopback(host[:-len(port)] if (port := host[host.rfind(":"):])[1:].isdigit() else host):
                 raise ApiError(403, "without an API key this server answers only under 127.0.0.1 and localhost", code="wrong_host")
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            if origin and origin.partition("://")[2] != host:
+                raise ApiError(403, "requests from other sites' pages are not answered", code="cross_origin")
         elif scope["path"] not in OPEN_PATHS:
             given = headers.get(b"authorization", b"")
             token = given[7:] if given[:7].lower() == b"bearer " else b""
             if not hmac.compare_digest(hashlib.sha256(token).digest(), self.key_digest):
                 raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", type="authentication_error",
                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin.partition("://")[2] != host:
-            raise ApiError(403, "requests from other sites' pages are not answered", code="cross_origin")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.max_body:
             raise too_large(self.max_body)
+
+
+def is_loopback(host):
+    """Whether an address or name, in brackets or not, can only mean this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 def too_large(max_body):
@@ -87,7 +104,7 @@ def too_large(max_body):
 
 async def refuse(send, error):
     body = json.dumps(error.body).encode()
-    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -17,8 +17,9 @@ from nanochat.serving.protocol import ApiError
 class Pool:
     """Drivers, one per Compute in `computes`, and the seats that each has loaded."""
 
-    def __init__(self, computes, metrics, source, model_tag=None, step=None, max_rows=64, max_queue=256, max_models=4):
-        self.metrics, self.default, self.max_rows, self.max_queue, self.max_models = metrics, (source, model_tag, step), max_rows, max_queue, max_models
+    def __init__(self, computes, metrics, source, model_tag=None, step=None, max_rows=64, max_queue=256, max_models=4, timeout_s=300.0):
+        self.metrics, self.default = metrics, (source, model_tag, step)
+        self.max_rows, self.max_queue, self.max_models, self.timeout_s = max_rows, max_queue, max_models, timeout_s
         self.drivers = [Driver(number, compute, metrics) for number, compute in enumerate(computes)]
         self.seats = {driver: OrderedDict() for driver in self.drivers}
         self.locks = {driver: asyncio.Lock() for driver in self.drivers}
@@ -158,7 +159,10 @@ class Pool:
     async def result(self, driver, job):
         driver.submit(job)
         try:
-            return await job.result
+            async with asyncio.timeout(self.timeout_s):
+                return await job.result
+        except TimeoutError:
+            raise self.busy(f"this took more than {self.timeout_s:.0f} s: try again later, or ask for less") from None
         finally:
             driver.cancel(job)
 

@@ -6,9 +6,10 @@ assistant's content in parts of type python and python_output.
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 MAX_TOP = 20  # alternatives to each token
-IGNORED = frozenset(("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "stream_options"))
+IGNORED = frozenset(("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"))
 NEUTRAL = {"presence_penalty": (0, None), "frequency_penalty": (0, None), "logit_bias": ({}, None), "best_of": (1, None), "suffix": ("", None),
            "tools": ([], None), "functions": ([], None), "response_format": ({"type": "text"}, None), "repetition_penalty": (1, None),
            "min_p": (0, None), "modalities": (["text"], None), "tool_choice": ("none", "auto", None), "function_call": ("none", "auto", None)}
@@ -17,12 +18,11 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(max_length=256)]
 
 
-class ApiError(Exception):
-    """What the client gets instead of an answer."""
+class ApiError(HTTPException):
+    """What the client gets instead of an answer. An HTTPException, because FastAPI lets only those through while it reads a body."""
 
     def __init__(self, status, message, type="invalid_request_error", param=None, code=None, headers=None):
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
+        super().__init__(status, message, headers)
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -67,7 +67,7 @@ class StreamOptions(BaseModel):
 class Sampling(BaseModel):
     """The settings that both endpoints share. None = the server's default."""
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    model: str = Field("", max_length=200)
+    model: str | None = Field(None, max_length=200)
     n: int | None = Field(1, ge=1, le=128)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -119,13 +119,13 @@ class RenderRequest(Strict):
 class TokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     prompt: str
-    model: str = Field("", max_length=200)
+    model: str | None = Field(None, max_length=200)
 
 
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
     tokens: list[TokenId]
-    model: str = Field("", max_length=200)
+    model: str | None = Field(None, max_length=200)
 
 
 def problem_of(errors: list[dict[str, Any]]):
