@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanochat.decoder import Decoder, capped_
 from nanochat.execution import calculate
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache, Prefill
@@ -74,13 +75,20 @@ class Row:
 
 
 class Engine:
-    """`generate` for many prompts at once, `stream` for one; `add`, `step`, `cancel` for a server that drives it itself."""
+    """`generate` for many prompts at once, `stream` for one; `add`, `step`, `cancel` for a server that drives it itself.
 
-    def __init__(self, model, tokenizer, max_rows=128, tools=True):
+    `compiled` fuses a CPU's attention with torch.compile: it pays where thousands of steps follow. `keep_rows`: of so many finished
+    rows, the newest, keys and values stay, and a prompt that begins as one of them does (the next turn of a conversation) begins there.
+    """
+
+    def __init__(self, model, tokenizer, max_rows=128, tools=True, compiled=False, keep_rows=0):
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows} leaves no room for a row: use 1 or more")
         self.training_model, self.tokenizer, self.max_rows, self.tools = model, tokenizer, max_rows, tools
         self.model = cast_copy(model)
+        # What computes a step: hidden and raw_logits. The soft-cap is left to the sampler.
+        self.decoder = Decoder(self.model, compiled) if isinstance(model, GPT) else None
+        self.kept = deque(maxlen=keep_rows)  # (tokens, Prefill) of finished rows
         self.kv_cache = KVCache(model.config, model.compute_dtype, model.device)
         self.markers = {name: tokenizer.encode_special(f"<|{name}|>") for name in
                         ("assistant_end", "python_start", "python_end", "output_start", "output_end")}
@@ -99,9 +107,19 @@ class Engine:
         assert not self.rows, f"{len(self.rows)} rows in flight hold keys and values of the old weights"
         for group in self.waiting:
             group.prefill = group.logits = None
+        self.kept.clear()
         if self.model is not self.training_model:
             for mine, theirs in zip(self.model.parameters(), self.training_model.parameters()):
                 mine.copy_(theirs)
+        if self.decoder is not None:
+            self.decoder.refresh()
+
+    def hidden(self, inputs, kv_cache):
+        return (self.decoder or self.model).hidden(inputs, kv_cache)
+
+    def logits(self, hidden):
+        """(n, C) -> what RowSampler takes, (n, V)."""
+        return self.model.logits(hidden) if self.decoder is None else self.decoder.raw_logits(hidden)
 
     # ------------------------------------------------------------ whole completions
 
@@ -166,8 +184,8 @@ class Engine:
         events = self.admit()
         if self.rows:
             inputs = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
-            hidden = self.model.hidden(inputs, self.kv_cache)
-            events += self.extend(self.rows, self.sampler, self.model.logits(hidden[:, 0]))
+            hidden = self.hidden(inputs, self.kv_cache)
+            events += self.extend(self.rows, self.sampler, self.logits(hidden[:, 0]))
         return events
 
     @torch.inference_mode()
@@ -232,12 +250,21 @@ class Engine:
 
     def prefill(self, prompts):
         """Prompts -> (Prefill, logits (P, V) after each prompt's last token)."""
-        T = max(map(len, prompts))
-        inputs = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], device=self.model.device)
-        prefill = Prefill(self.model.config.n_layer, self.model.device)
-        hidden = self.model.hidden(inputs, prefill)
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
-        return prefill, self.model.logits(hidden[torch.arange(len(prompts), device=self.model.device), ends])
+        past, reused = self.longest_kept(prompts[0]) if len(prompts) == 1 else (None, 0)
+        T = max(map(len, prompts)) - reused
+        inputs = torch.tensor([prompt[reused:] + [0] * (T + reused - len(prompt)) for prompt in prompts], device=self.model.device)
+        prefill = Prefill(self.model.config.n_layer, self.model.device, past, reused)
+        hidden = self.hidden(inputs, prefill)
+        ends = torch.tensor([len(prompt) - reused - 1 for prompt in prompts], device=self.model.device)
+        return prefill, self.logits(hidden[torch.arange(len(prompts), device=self.model.device), ends])
+
+    def longest_kept(self, prompt):
+        """-> (Prefill, n): the kept row that shares the most first tokens with the prompt, n of them; the last is always computed anew."""
+        best = (None, 0)
+        for tokens, prefill in self.kept:
+            shared = next((i for i, (one, other) in enumerate(zip(tokens, prompt[:-1])) if one != other), min(len(tokens), len(prompt) - 1))
+            best = max(best, (prefill, shared), key=lambda entry: entry[1])
+        return best
 
     def enter(self, prefill, logits, batch):
         """Rows for the first `count` waiting samples of each group; prefill row i is group i's prompt -> Events."""
@@ -259,7 +286,7 @@ class Engine:
     def extend(self, rows, sampler, logits, first=0):
         """Append to each row the token its tool forces, else one drawn from its logits; `rows` stand at place `first` -> Events."""
         if sampler is None:
-            sampler = RowSampler(rows, logits.device)
+            sampler = RowSampler(rows, logits.device, capped_ if self.decoder is not None else None)
             if not first:
                 self.sampler = sampler
         drawn, logprobs = sampler.draw(logits, rows)
@@ -303,6 +330,9 @@ class Engine:
             row.expression.append(token)
 
     def remove(self, place):
+        if self.kept.maxlen:  # the last token has not been through the model
+            row = self.rows[place]
+            self.kept.append((row.request.tokens + row.tokens[:-1], self.kv_cache.row(place)))
         self.kv_cache.remove(place)
         last = self.rows.pop()
         if place < len(self.rows):
@@ -317,8 +347,8 @@ class Engine:
 class RowSampler:
     """Settings and random streams of fixed rows, prepared once for as long as no row comes or goes."""
 
-    def __init__(self, rows, device):
-        self.sampler = Sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows], device)
+    def __init__(self, rows, device, cap=None):
+        self.sampler = Sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows], device, *((cap,) if cap else ()))
         self.keys = np.array([stream_key(row.request.seed, row.sample) for row in rows], dtype=np.uint64)
         self.device = device
 

@@ -14,17 +14,24 @@ STEP = 64  # capacities are multiples of this many positions
 
 
 class Prefill:
-    """One pass over right-padded prompts (B, T). Padding stands behind every real token, so causal attention never sees it."""
+    """One pass over right-padded prompts (B, T). Padding stands behind every real token, so causal attention never sees it.
 
-    def __init__(self, n_layer, device):
+    With `past`, a Prefill of one row, the ids are one prompt's tokens after the first `reused` of that row."""
+
+    def __init__(self, n_layer, device, past=None, reused=0):
         self.keys, self.values, self.device = [None] * n_layer, [None] * n_layer, device
+        self.past, self.reused = past, reused
 
     def positions(self, T):
-        return torch.arange(T, device=self.device)[None]  # (1, T) serves all rows
+        self.mask = None if self.past is None else torch.ones(1, T, self.reused + T, dtype=torch.bool, device=self.device).tril_(self.reused)
+        return torch.arange(self.reused, self.reused + T, device=self.device)[None]  # (1, T) serves all rows
 
     def attend(self, layer, q, k, v):
+        if self.past is not None:
+            k = torch.cat((self.past.keys[layer][:, :self.reused].to(k.dtype), k), dim=1)
+            v = torch.cat((self.past.values[layer][:, :self.reused].to(v.dtype), v), dim=1)
         self.keys[layer], self.values[layer] = k, v
-        return causal_attend(q, k, v, causal=True)
+        return causal_attend(q, k, v, self.mask, causal=self.past is None)
 
     def advance(self, T):
         pass
@@ -45,6 +52,8 @@ class KVCache:
         # A CPU has no bfloat16 attention for single queries worth the name: with the cache in float32 it is 3-8 times as
         # fast at 32 rows x 128 positions, and as fast where memory is the limit (dev/bench/decode.py).
         self.dtype = torch.float32 if self.device.type == "cpu" else dtype
+        self.zero, self.minus_infinity = (torch.tensor(value, dtype=self.dtype, device=self.device) for value in (0.0, -torch.inf))
+        self.keys = self.values = ()
         self.release()
 
     @torch.inference_mode()
@@ -55,21 +64,23 @@ class KVCache:
 
     @property
     def memory_bytes(self):
-        return self.store.numel() * self.store.element_size()
+        return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
 
     def allocate(self, rows, positions):
-        """Make room for (rows, positions), keeping what the rows in use hold."""
-        config, device = self.config, self.device
-        shape = (2, config.n_layer, rows, positions, config.n_kv_head, config.n_embd // config.n_head)
-        store = torch.zeros(shape, dtype=self.dtype, device=device)  # zeros: weight 0 times garbage could be NaN
-        if self.n_rows:
-            reach = int(self.lengths[:self.n_rows].max())
-            store[:, :, :self.n_rows, :reach] = self.store[:, :, :self.n_rows, :reach]
-        self.store, self.row_capacity, self.position_capacity = store, rows, positions
+        """Make room for (rows, positions), keeping what the rows in use hold. keys and values: (rows, Hkv, positions, D) for each layer."""
+        config = self.config
+        shape = rows, config.n_kv_head, positions, config.n_embd // config.n_head
+        n, reach = self.n_rows, int(self.lengths[:self.n_rows].max(initial=0))
+
+        def moved(half):
+            parts = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.n_layer)]  # zeros: 0 times garbage could be NaN
+            for part, old in zip(parts, half):
+                part[:n, :, :reach] = old[:n, :, :reach]
+            return parts
+        self.keys, self.values = moved(self.keys), moved(self.values)
+        self.row_capacity, self.position_capacity = rows, positions
         self.lengths = np.concatenate([self.lengths, np.zeros(max(rows - len(self.lengths), 0), dtype=np.int64)])
-        self.key_positions = torch.arange(positions, device=device)
-        self.flat = store.view(2, config.n_layer, rows * positions, shape[-2] * shape[-1])  # writing: one line per position
-        self.step = None
+        self.key_positions = torch.arange(positions, device=self.device)
 
     def reserve(self, rows, positions):
         """Grow, by half or more at once, until (rows, positions) fit."""
@@ -85,11 +96,17 @@ class KVCache:
         first, last, T = self.n_rows, self.n_rows + len(sources), max(lengths)
         self.reserve(last, T)
         index = torch.tensor(sources, device=self.device)
-        for half, parts in zip(self.store, (prefill.keys, prefill.values)):
-            for layer, part in zip(half, parts):
-                layer[first:last, :T] = part[index, :T]
+        for mine, part in zip((*self.keys, *self.values), (*prefill.keys, *prefill.values)):
+            mine[first:last, :, :T] = part[index, :T].transpose(1, 2)
         self.lengths[first:last] = lengths
         self.n_rows = last
+
+    @torch.inference_mode()
+    def row(self, row):
+        """A copy of what a row holds, as a Prefill of one prompt."""
+        alone, length = Prefill(self.config.n_layer, self.device), int(self.lengths[row])
+        alone.keys, alone.values = ([part[row:row + 1, :, :length].transpose(1, 2).clone() for part in half] for half in (self.keys, self.values))
+        return alone
 
     @torch.inference_mode()
     def remove(self, row):
@@ -97,39 +114,42 @@ class KVCache:
         self.n_rows -= 1
         if row != self.n_rows:
             length = self.lengths[row] = self.lengths[self.n_rows]
-            self.store[:, :, row, :length] = self.store[:, :, self.n_rows, :length]
+            for part in (*self.keys, *self.values):
+                part[row, :, :length] = part[self.n_rows, :, :length]
 
     # ------------------------------------------------------------ what GPT.hidden calls
 
     def positions(self, T):
-        """The (B, T) positions of the T tokens each row is about to be fed. Mask and places are made once, for all layers."""
+        """The (B, T) positions of the T tokens each row is about to be fed."""
         lengths = self.lengths[:self.n_rows]
-        reach = int(lengths.max()) + T
-        self.reserve(self.n_rows, reach)
-        positions = torch.from_numpy(lengths[:, None] + np.arange(T)).to(self.device, non_blocking=True)
-        rows = self.key_positions.new_tensor(np.arange(self.n_rows)[:, None] * self.position_capacity)
-        mask = None
-        if T > 1 or (lengths != lengths[0]).any():
-            reach = min(-(-reach // 8) * 8, self.position_capacity)  # CUDA wants masks in multiples of 8
-            hidden = self.key_positions[:reach] > positions[:, :, None]  # (B, T, reach)
-            group = self.config.n_head // self.config.n_kv_head
-            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            mask = mask[:, None].repeat(1, 1, group, 1)  # (B, 1, G * T, reach)
-        self.step = (rows + positions).view(-1), reach, mask
-        return positions
+        self.reach = int(lengths.max()) + T  # how far the longest row goes
+        self.reserve(self.n_rows, self.reach)
+        self.fed = torch.from_numpy(lengths[:, None] + np.arange(T)).to(self.device, non_blocking=True)
+        self.is_even, self.places = T == 1 and bool((lengths == lengths[0]).all()), None
+        return self.fed
+
+    def prepare(self):
+        """Once for all layers: the lines (B * T * Hkv,) where new keys go, and what each query may not see, (B, 1, G * T, reach) or None."""
+        Hkv = self.config.n_kv_head
+        lines = torch.arange(self.n_rows * Hkv, device=self.device).view(-1, 1, Hkv) * self.position_capacity
+        self.places, self.mask = (lines + self.fed[:, :, None]).view(-1), None
+        if not self.is_even:
+            self.reach = min(-(-self.reach // 8) * 8, self.position_capacity)  # CUDA wants masks in multiples of 8
+            mask = torch.where(self.key_positions[:self.reach] > self.fed[:, :, None], self.minus_infinity, self.zero)  # (B, T, reach)
+            self.mask = mask[:, None].repeat(1, 1, self.config.n_head // Hkv, 1)
 
     def attend(self, layer, q, k, v):
         """q (B, T, H, D), k and v (B, T, Hkv, D) of the new tokens -> (B, T, H, D): attention to all of the row so far."""
         B, T, H, D = q.size()
         Hkv = k.size(2)
-        places, reach, mask = self.step
-        self.flat[0][layer].index_copy_(0, places, k.reshape(B * T, Hkv * D).to(self.dtype))
-        self.flat[1][layer].index_copy_(0, places, v.reshape(B * T, Hkv * D).to(self.dtype))
-        keys = self.store[0, layer, :B, :reach].transpose(1, 2)  # (B, Hkv, reach, D)
-        values = self.store[1, layer, :B, :reach].transpose(1, 2)
+        if self.places is None:
+            self.prepare()
+        for part, new in ((self.keys[layer], k), (self.values[layer], v)):
+            part.view(-1, D).index_copy_(0, self.places, new.reshape(B * T * Hkv, D).to(self.dtype))
+        keys, values = self.keys[layer][:B, :, :self.reach], self.values[layer][:B, :, :self.reach]
         # The H / Hkv query heads that share a key head stand where the queries' time stands: nothing is repeated.
         q = q.view(B, T, Hkv, H // Hkv, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, H // Hkv * T, D).to(self.dtype)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
         y = y.view(B, Hkv, H // Hkv, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
         return y.to(k.dtype)
 

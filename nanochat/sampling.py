@@ -55,16 +55,30 @@ def pick(logits, uniform):
     return index, logprobs
 
 
-class Sampler:
-    """The (temperature, top_k, top_p) of n rows, sorted by kind once; then called at every step with (n, V) logits."""
+def largest(logits):
+    """(n, V) -> the place of each row's maximum (n,): blocks first, since PyTorch finds a maximum ten times as fast as its place."""
+    n, V = logits.size()
+    if V % BLOCK or V == BLOCK:
+        return logits.argmax(dim=1)
+    blocks = logits.view(n, -1, BLOCK)
+    block = blocks.amax(dim=2).argmax(dim=1)
+    return block * BLOCK + blocks[torch.arange(n, device=logits.device), block].argmax(dim=1)
 
-    def __init__(self, settings, device):
+
+class Sampler:
+    """The (temperature, top_k, top_p) of n rows, sorted by kind once; then called at every step with (n, V) logits.
+
+    `cap`, a rising function of the logits that may work in place, is applied to those that matter: a soft-cap keeps the order, so that
+    greedy rows do without it and top_k rows need it for k numbers only.
+    """
+
+    def __init__(self, settings, device, cap=lambda logits: logits):
         self.n, kinds = len(settings), {}
         for row, (temperature, top_k, top_p) in enumerate(settings):
             is_nucleus = top_p is not None and top_p < 1
             kind = "greedy" if temperature == 0 else "top_k" if top_k is not None else "nucleus" if is_nucleus else "full"
             kinds.setdefault(kind, []).append(row)
-        self.parts = [Part(kind, rows if len(rows) < self.n else None, [settings[row] for row in rows], device) for kind, rows in kinds.items()]
+        self.parts = [Part(kind, rows if len(rows) < self.n else None, [settings[row] for row in rows], device, cap) for kind, rows in kinds.items()]
 
     def __call__(self, logits, uniform):
         """logits (n, V) float32, which may be overwritten; uniform (n,) -> tokens (n,), logprobs (n,) float64."""
@@ -80,9 +94,9 @@ class Sampler:
 class Part:
     """Rows of one kind: greedy; full (the whole vocabulary); top_k (and top_p of those); nucleus (top_p alone, arXiv 1904.09751)."""
 
-    def __init__(self, kind, rows, settings, device):
+    def __init__(self, kind, rows, settings, device, cap):
         temperature, top_k, top_p = zip(*settings)
-        self.kind, self.rows = kind, None if rows is None else torch.tensor(rows, device=device)
+        self.kind, self.cap, self.rows = kind, cap, None if rows is None else torch.tensor(rows, device=device)
         self.scale = None if set(temperature) == {1.0} else torch.tensor(temperature, device=device)[:, None]
         self.width = max(top_k) if kind == "top_k" else None
         self.top_k = torch.tensor(top_k, device=device)[:, None] if kind == "top_k" and len(set(top_k)) > 1 else None
@@ -91,18 +105,21 @@ class Part:
 
     def draw(self, logits, uniform):
         if self.kind == "greedy":
-            return logits.argmax(dim=1), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-        if self.scale is not None:
-            logits = logits.div_(self.scale)
+            return largest(logits), torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
         if self.kind == "full":
-            return pick(logits, uniform)
-        kept, tokens = self.most_likely(logits) if self.kind == "top_k" else self.nucleus(logits)
+            return pick(self.scaled(logits), uniform)
+        kept, tokens = self.most_likely(logits) if self.kind == "top_k" else self.nucleus(self.scaled(logits))
         index, logprobs = pick(kept, uniform)
         return tokens.gather(1, index[:, None])[:, 0], logprobs
+
+    def scaled(self, logits):
+        logits = self.cap(logits)
+        return logits if self.scale is None else logits.div_(self.scale)
 
     def most_likely(self, logits):
         """(n, V) -> the top_k logits of each row in falling order, cut after top_p of their mass, and their tokens (n, width)."""
         kept, tokens = logits.topk(min(self.width, logits.size(1)), dim=1)
+        kept = self.scaled(kept)
         if self.top_k is not None:
             kept = kept.masked_fill_(torch.arange(kept.size(1), device=kept.device) >= self.top_k, -torch.inf)
         if self.top_p is not None:
