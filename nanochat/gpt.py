@@ -188,7 +188,7 @@ class GPT(nn.Module):
         cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
         if kv_cache is None:
             return (self.fused_blocks if self.compiled else self.run_blocks)(x, cos, sin, None, document_mask(documents))
-        x = self.run_blocks(x, cos, sin, kv_cache)
+        x = (self.fused_blocks if self.compiled and getattr(kv_cache, "is_compilable", False) else self.run_blocks)(x, cos, sin, kv_cache)
         kv_cache.advance(T)
         return x
 
