@@ -1,13 +1,15 @@
-"""Talk to a model in the terminal; Ctrl-C stops an answer, /quit or Ctrl-D ends.
+"""Talk to a model in the terminal; Ctrl-C stops an answer, /quit or Ctrl-D ends, the arrow keys bring back earlier lines.
 
     python -m scripts.chat_cli --source=rl
-    python -m scripts.chat_cli --source=sft --prompt="What is 7 * 6?" --temperature=0
+    python -m scripts.chat_cli --source=sft -p "What is 7 * 6?" --temperature=0
+
+The engine keeps the keys and values of the conversation: a turn computes what is new in it.
 """
 import json
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import compute_cleanup, compute_init, write_atomic
+from nanochat.common import base_dir, compute_cleanup, compute_init, write_atomic
 from nanochat.configurator import parse
 from nanochat.engine import Engine, TextStream, message_parts
 from nanochat.run_logger import visible
@@ -83,6 +85,7 @@ class Chat:
             return False
         if name == "/clear":
             self.messages = []
+            self.engine.kept.clear()
             self.write("[cleared]")
         elif name == "/save" and argument:
             try:
@@ -114,15 +117,17 @@ def valid_temperature(text):
 def main(config):
     compute = compute_init(config.device_type, config.dtype)
     model, tokenizer, meta = load_model(config.source, compute, "eval", config.model_tag, config.step)
-    chat = Chat(Engine(model, tokenizer, max_rows=1), config)
+    chat = Chat(Engine(model, tokenizer, max_rows=1, keep_rows=1), config)
     if config.prompt:
         chat.ask(config.prompt)
         compute_cleanup()
         return
+    history = remember_lines()
     print(f"{meta['stage']} {meta['model_tag']}, step {meta['step']}, on {compute.device}. Ctrl-C stops an answer, /help tells the rest.")
     while True:
+        print()
         try:
-            line = input("\n> ").strip()
+            line = input("> ").strip()
         except KeyboardInterrupt:  # at the prompt it drops the line
             print()
             continue
@@ -134,7 +139,31 @@ def main(config):
                 break
         elif line:
             chat.ask(line)
+    history()
     compute_cleanup()
+
+
+def remember_lines(longest=1000):
+    """Line editing, and the lines of earlier talks on the arrow keys, where Python has readline -> a function that saves this one's."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        return lambda: None
+    path = base_dir() / "chat_history"
+    try:
+        readline.read_history_file(path)
+    except OSError:  # there is none yet, or it cannot be read: begin anew
+        pass
+    readline.set_history_length(longest)
+
+    def save():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+            path.chmod(0o600)
+        except OSError as error:
+            print(f"[history not saved: {error}]")
+    return save
 
 
 if __name__ == "__main__":

@@ -1,9 +1,23 @@
 import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat.engine import Engine, message_parts
+from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.common import Compute
+from nanochat.engine import Engine, Request, message_parts
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.tokenizer import get_tokenizer
+from nanochat.training import LoopState
 from scripts.chat_cli import Chat, Config
 from tests.test_engine import END, OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START, ByteTokenizer, make_model
 
@@ -22,7 +36,7 @@ class Script:
     tokenizer = ChatTokenizer()
 
     def __init__(self, answer):
-        self.answer, self.asked, self.model = answer, [], make_model()
+        self.answer, self.asked, self.model, self.kept = answer, [], make_model(), []
 
     def stream(self, tokens, **settings):
         self.asked.append((self.tokenizer.decode(tokens[1:]), settings["temperature"], settings["seed"]))
@@ -108,3 +122,113 @@ def test_tool_calls_become_parts_of_the_message():
     assert message_parts(ByteTokenizer(), tokens) == [{"type": "text", "text": "so "}, {"type": "python", "text": "1+1"},
                                                       {"type": "python_output", "text": "2"}, {"type": "text", "text": "done"}]
     assert message_parts(ByteTokenizer(), [PYTHON_START, *b"1+"]) == [] == message_parts(ByteTokenizer(), [END])
+
+
+def test_a_conversation_computes_only_what_is_new_in_a_turn_and_says_what_a_fresh_engine_says():
+    def talk_over(keep_rows):
+        engine, fed = Engine(make_model(sequence_len=256), ChatTokenizer(), max_rows=1, keep_rows=keep_rows), []
+        hidden = engine.decoder.hidden
+        engine.decoder.hidden = lambda inputs, cache: fed.append(inputs.size(1)) or hidden(inputs, cache)
+        chat = Chat(engine, Config(temperature=0.0, max_new_tokens=12), lambda *_, **__: None)
+        for question in ("a first question", "another", "and a third"):
+            chat.ask(question)
+        chat.command("/retry")
+        asked = [n for n in fed if n > 1]
+        chat.command("/clear")
+        assert not engine.kept
+        return chat, asked, engine
+
+    kept, asked, engine = talk_over(1)
+    fresh, all_of_it, _ = talk_over(0)
+    assert [m["content"] for m in kept.messages] == [m["content"] for m in fresh.messages]
+    assert sum(asked) < sum(all_of_it) / 2 and len(engine.generate([Request([256, 1], max_new_tokens=2)])) == 1
+
+
+# ---------------------------------------------------------------- the program, in a terminal
+
+
+@pytest.fixture
+def folder(base_directory):
+    """A base directory with an untrained model under sft, which never ends by itself."""
+    tokenizer = get_tokenizer()
+    model = GPT(GPTConfig(4096, tokenizer.vocab_size, 2, 2, 2, 32))
+    model.init_weights()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(std=0.1)
+        model.lm_head.weight[[tokenizer.encode_special(f"<|{name}|>") for name in ("assistant_end", "bos", "python_start")]] = 0
+    compute = Compute(torch.device("cpu"), torch.float32)
+    save_checkpoint("sft", "tiny", LoopState(step=1), Config(), compute, model, MuonAdamW(model, compute), tokenizer)
+    return base_directory
+
+
+def command(*flags):
+    return [sys.executable, "-m", "scripts.chat_cli", "--source=sft", "--device-type=cpu", "--dtype=float32", "--top-k=5", *flags]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_one_question_from_the_command_line(folder):
+    result = subprocess.run(command("-p", "hello", "--max-new-tokens=12"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout.strip() and ">" not in result.stdout.splitlines()[0][:2], result.stderr
+
+
+class Terminal:
+    """A program on a pseudo-terminal: what a person types and sees."""
+
+    def __init__(self, arguments):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.chdir(ROOT)
+            os.execv(arguments[0], arguments)
+        self.seen = ""
+
+    def until(self, pattern, seconds=240):
+        """Read until `pattern` appears behind what was awaited last -> the text up to there."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < deadline, f"{pattern!r} does not come: {self.seen[-2000:]!r}"
+            if select.select([self.fd], [], [], 1)[0]:
+                self.seen += os.read(self.fd, 65536).decode(errors="replace")
+        text, self.seen = self.seen[:match.end()], self.seen[match.end():]
+        return text
+
+    def type(self, keys):
+        os.write(self.fd, keys.encode())
+
+
+def test_a_talk_in_a_terminal_with_an_answer_stopped_and_a_line_brought_back(folder, tmp_path):
+    pytest.importorskip("readline")
+    terminal = Terminal(command("--max-new-tokens=3000"))
+    try:
+        terminal.until("/help tells the rest")
+        terminal.until("> ")
+        terminal.type("say something long\r")
+        terminal.until(r"long\r\n[^\[]{20}")  # it is being said while we read
+        terminal.type("\x03")
+        terminal.until(r"\[stopped\]")
+        terminal.until("> ")
+        terminal.type("half a line\x03")  # at the prompt, Ctrl-C drops the line
+        terminal.until("\r\n\r*\n.*> ")
+        terminal.type("\x1b[A\r")  # arrow up brings back the last line
+        terminal.until("say something long")
+        terminal.until(r"\r\n[^\[]{20}")
+        terminal.type("\x03")
+        terminal.until(r"\[stopped\]")
+        terminal.until("> ")
+        terminal.type("/temp 0\r")
+        terminal.until(r"\[temperature 0\.0\]")
+        terminal.type(f"/save {tmp_path}/talk.jsonl\r")
+        terminal.until(r"\[4 messages written")
+        terminal.type("/quit\r")
+        assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+        terminal.pid = None
+    finally:
+        if terminal.pid:
+            os.kill(terminal.pid, 9)
+            os.waitpid(terminal.pid, 0)
+        os.close(terminal.fd)
+    messages = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 and messages[0]["content"] == messages[2]["content"] == "say something long"
+    assert (folder / "chat_history").read_text().splitlines()[:1] == ["say something long"]
