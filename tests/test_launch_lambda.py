@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -275,6 +277,12 @@ def test_an_instance_that_cannot_be_terminated_is_named_loudly_and_found_later(h
         assert not cloud.left_running and records()[0].state == "terminated"
 
 
+def test_an_id_that_the_api_gave_out_and_never_lists_is_not_called_terminated(here, capsys):
+    with FakeLambda(unknown=10**9) as cloud:
+        assert launch_lambda_training.main(config_for(cloud, auto_start=True, max_wait_minutes=1.5, terminate_minutes=1)) == 3
+        assert f"--terminate {cloud.launched[0]}" in capsys.readouterr().out and records()[0].is_open
+
+
 def test_a_refused_key_ends_the_terminating_at_once_with_the_command(here, capsys):
     with FakeLambda() as cloud:
         cloud.on_call = lambda name: name == "launch" and cloud.faults.update(list=[401] * 1000, terminate=[401] * 1000)
@@ -494,6 +502,14 @@ def test_the_short_form_starts_by_itself_with_one_key(here, cloud, monkeypatch, 
     assert seen[1].list and not seen[1].auto_start and seen[1].no_deploy
 
 
+def test_a_training_line_is_what_our_logger_prints_and_a_stage_announced_is_not(capsys):
+    from nanochat.run_logger import PlainLines
+    PlainLines("base", 900).show(0, {"train/loss": 6.9})
+    pattern = re.compile(Config().start_pattern, re.MULTILINE)
+    assert pattern.search("\n== train-base\n" + capsys.readouterr().out)
+    assert not pattern.search("\n== train-base: python -m scripts.base_train --depth=4\n== tokenizer: 3 s\nstep by step\n")
+
+
 # The client
 
 @pytest.fixture
@@ -542,3 +558,14 @@ def test_a_netrc_cannot_replace_the_key(client, cloud, tmp_path, monkeypatch):
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     assert client.call("GET", "/api/v1/instances") == {"data": []}
+
+
+def test_each_command_of_the_guide_is_understood():
+    text = (ROOT / "LAMBDA_MANUAL_SETUP.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line.strip(), comments=True) for line in text.splitlines() if line.strip().startswith("python -m scripts.launch_lambda_training")]
+    assert len(commands) >= 8
+    for command in commands:
+        parse(Config, bare_flags(command[3:], "--terminate", "--attach", "--watch"))
+    for flag, default in re.findall(r"`--([a-z-]+-(?:minutes|hours))=(\d+)`", text):
+        assert getattr(Config(), flag.replace("-", "_")) == int(default), flag
+    assert Config().repo_dir == "nanochatAquaRat" and f"tmux attach -t {Config().tmux_session}" in text and f"tail -f ~/{Config().repo_dir}/training.log" in text

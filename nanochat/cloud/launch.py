@@ -17,6 +17,7 @@ from nanochat.cloud.ssh import ConnectionLost, HostKeyChanged, Machine, NotAllow
 
 LEFT_BEHIND = 3           # exit status when an instance may still be billing
 UNKNOWN_SECONDS = 180     # so long may the API not know an instance that it has just rented out
+NEVER_LISTED_SECONDS = 3600  # after that an id that was never in the list is taken for dead
 REFUSING_SECONDS = 240    # so long may a booting machine refuse our key
 
 
@@ -247,7 +248,8 @@ def machine_of(job):
 def end(job):
     """Terminate all that is ours until the cloud's list shows nothing of it -> True; else the loud lines and False. Never raises.
 
-    A 404 or an empty list proves nothing while the rental is younger than `settle_seconds`: new instances are unknown for a moment.
+    A 404 or an empty list proves nothing while the rental is younger than `settle_seconds`: new instances are unknown for a moment. An id that
+    the cloud gave out and never listed proves nothing for much longer.
     """
     cloud, config, record, signals = job.cloud, job.config, job.record, job.signals
     if not record.is_open:
@@ -256,17 +258,19 @@ def end(job):
     until, problem, confirmed, seen = signals.deadline(60 * config.terminate_minutes), "", set(), {record.id} - {""}
     say(f"terminating {record.id or record.name}")
     quietly(record.save, state="ending")
-    settled = (time.time() if record.doubt and not record.id else record.requested_at) + config.settle_seconds * signals.scale
+    settle = (time.time() if record.doubt and not record.id else record.requested_at) + config.settle_seconds * signals.scale
     try:
         while time.monotonic() < until:
             try:
                 listed = ours(job, cloud.instances())
-                alive = {instance.id for instance in listed if not instance.is_over}
-                seen |= {instance.id for instance in listed}
-                for id in sorted(alive | (seen - confirmed - {instance.id for instance in listed if instance.is_over})):
+                alive, over = ({instance.id for instance in listed if instance.is_over is ended} for ended in (False, True))
+                seen |= alive | over
+                for id in sorted(alive | seen - confirmed - over):
                     if cloud.terminate(id):
                         confirmed.add(id)
-                if not alive and (seen and seen == confirmed | {instance.id for instance in listed} and not record.doubt or time.time() >= settled):
+                certain = seen and seen <= confirmed | over and not record.doubt
+                enough = settle if record.seen or not record.id else record.requested_at + NEVER_LISTED_SECONDS
+                if not alive and (certain or time.time() >= enough):
                     quietly(record.save, state="terminated", ended_at=time.time())
                     say(f"terminated, verified in {cloud.name}'s list: {', '.join(sorted(seen)) or 'nothing was rented'}; it cost about {dollars(record.cost)}")
                     return True

@@ -97,8 +97,8 @@ def read_records(cloud):
 
 def is_watched(record):
     """True while the launcher that wrote the record is alive."""
-    if record.pid == os.getpid():
-        return True
+    if record.pid <= 0 or record.pid == os.getpid():
+        return record.pid > 0
     try:
         command = Path(f"/proc/{record.pid}/cmdline").read_bytes() if Path("/proc/self").exists() else None
         os.kill(record.pid, 0)

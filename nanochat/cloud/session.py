@@ -74,7 +74,7 @@ def deploy(job, cargo):
         except RemoteError as error:
             raise Failed(f"the machine could not clone {cargo.source}: {error}") from None
         cargo.source += f", commit {commit}"
-    record.save(source=cargo.source, base_dir=cargo.variables.get("NANOCHAT_BASE_DIR", ".cache/nanochat"))
+    record.save(source=cargo.source, base_dir=cargo.variables.get("NANOCHAT_BASE_DIR", ".cache/nanochat").removeprefix("~/"))
     if cargo.variables:
         say(f"sending variables: {', '.join(sorted(cargo.variables))}")
         lines = shipping.write_env_file(cargo.variables)
@@ -179,6 +179,7 @@ def fetch(job):
         return
     target = record.folder / "artifacts"
     until = job.signals.deadline(60 * config.fetch_minutes)
+    machine.run("true", timeout=30)  # a machine that is gone is not waited for a second time
     total = count = 0
     for folder, choose in ((record.repo_dir, lambda files: [file for file in files if file[1] == "training.log"]),
                            (record.base_dir, lambda files: chosen(files, config.artifacts))):

@@ -76,7 +76,7 @@ def check_relative(value, knob):
 def read_env_file(path):
     """KEY=value lines -> dict, by the rules of read_env_file in scripts/bootstrap.sh: data, never executed; an empty value is none."""
     values = {}
-    for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).is_file() else ():
+    for line in Path(path).read_bytes().decode("utf-8").split("\n") if Path(path).is_file() else ():
         match = re.match(r"\s*(?:export )?([A-Za-z_][A-Za-z0-9_]*)=(.*)", line, re.ASCII | re.DOTALL)
         if not match:
             continue

@@ -33,9 +33,9 @@ class Sshd:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         (self.folder / "sshd_config").write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/authorized_keys\nPidFile none\n"
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey \"{self.folder}/host_key\"\nAuthorizedKeysFile \"{self.folder}/authorized_keys\"\nPidFile none\n"
             f"PasswordAuthentication no\nPermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nMaxStartups 100\n"
-            f"SetEnv HOME={self.home} TMUX_TMPDIR={self.home}\n")
+            f"SetEnv \"HOME={self.home}\" \"TMUX_TMPDIR={self.home}\"\n")
         self.start()
         return self
 
