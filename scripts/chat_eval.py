@@ -9,11 +9,10 @@ Writes <base_dir>/eval/{stage}_{model_tag}_{task}.json and every answer beside i
 import hashlib
 import json
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nanochat.checkpoint_manager import FOLDERS, load_model
@@ -21,14 +20,12 @@ from nanochat.common import base_dir, compute_cleanup, compute_init, print0, wri
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.report import add_section
-from tasks.common import get_task, load_jsonl, message_text
+from tasks.answers import Answers, compare_answers, find_answers
 from tasks.evaluation import Settings, evaluate
-from tasks.metrics import score, summarize
-from tasks.statistics import centred, compare, percent, verdict
+from tasks.evaluation_sets import CHATCORE, RUNS_CODE, check_judgement, default_split, load_evaluation
+from tasks.metrics import GROUPS, summarize
+from tasks.statistics import Z, centred, percent, verdict
 
-CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "AQUA")
-DEFAULT_SPLITS = {"AQUA": "validation", "ALGEBRA": "validation"}  # their test split is for the final number only; others: test
-DATA_FOLDERS = ("aqua", "arc", "mmlu", "gsm8k", "humaneval")  # what a task's name begins with, and its folder under --data-dir
 COLLAPSED = 0.8                                         # share of one letter from which a model no longer chooses
 MAX_SAMPLES = 8                                         # problems with answers that the summary holds for the report
 
@@ -49,18 +46,19 @@ class Config:
     max_problems: int = -1              # [-x] problems per task (-1 = all)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     split: str | None = None            # split of the tasks (None = validation for AQUA and ALGEBRA, test for the others)
-    mode: str = ""                      # generative or categorical ("" = as each task says)
+    mode: str = ""                      # generative or categorical ("" = multiple choice both ways, scored as each task says)
     seed: int = 42                      # of every draw
-    data_dir: str | None = None         # folder of local data: the task's own, or one with aqua/, arc/, mmlu/, gsm8k/, humaneval/ in it
+    data_dir: str | None = None         # folder of local data: the task's own, or one with aqua/, arc/, mmlu/, gsm8k/, ... in it
     controls: bool = False              # multiple choice: also without the question, and in every cyclic order of the options
+    allow_weak_sandbox: bool = False    # run the model's code with limits only where there is no bubblewrap: it can read your files
     compare: tuple[str, str] | None = None  # two evaluations, as files or as names under <base_dir>/eval: is the second better?
 
 
 def main(config):
     if config.compare:
-        return compare_files(*map(find_answers, config.compare))
+        return show_comparison(compare_answers(*map(find_answers, config.compare)))
     compute = compute_init(config.device_type, config.dtype)
-    settings = Settings(config.mode, config.temperature, config.top_k or None, config.num_samples, config.max_new_tokens, config.seed,
+    settings = Settings(config.mode or "both", config.temperature, config.top_k or None, config.num_samples, config.max_new_tokens, config.seed,
                         controls=config.controls)
     tasks = load_tasks(config)
     if config.source not in FOLDERS:
@@ -73,15 +71,18 @@ def main(config):
     summaries = []
     for task in tasks:
         started, name = time.time(), f"{config.source}_{meta['model_tag']}_{task.name}"
-        if task.split != DEFAULT_SPLITS.get(task.name, "test"):
+        if task.split != default_split(task.name):
             name += f"_{task.split}"                    # two splits are two results
         answers = Answers(base_dir() / "eval" / name, checkpoint_key(meta, task, settings), compute)
-        records = evaluate(task, engine, tokenizer, compute, settings, answers.known, answers.keep, config.batch_size)
+        if answers.known:
+            print0(f"{task.name} {task.split}: {len(answers.known)} of {len(task)} problems are known from an earlier evaluation, wholly or in part")
+        with Bar(f"{task.name} {task.split}", compute) as bar:
+            records = evaluate(task, engine, tokenizer, compute, settings, answers.known, answers.keep, config.batch_size, progress=bar.update)
         answers.close(records)
         metrics = summarize(records, task.random_accuracy)
         summary = {"stage": config.source, "model_tag": meta["model_tag"], "step": meta["step"], "task": task.name, "split": task.split,
                    "n": len(records), "metrics": metrics, "verdict": verdict(metrics), "time": time.time(), "seconds": time.time() - started,
-                   "settings": {**asdict(settings), "mode": settings.mode or task.eval_type}, "samples": samples(records)}
+                   "settings": {**asdict(settings), "mode": config.mode or task.eval_type}, "samples": samples(records)}
         if compute.is_master:
             write_atomic(base_dir() / "eval" / f"{name}.json", json.dumps(summary, indent=1, ensure_ascii=False))
         print0(f"{task.name} {task.split}: {len(records)} problems in {summary['seconds']:.0f} s")
@@ -104,9 +105,11 @@ def load_tasks(config):
     names = [name.strip() for name in config.task_name.split("|")] if config.task_name else CHATCORE
     tasks = []
     for name in names:
-        split = config.split or DEFAULT_SPLITS.get(name.upper(), "test")
+        extra = {"allow_weak": config.allow_weak_sandbox} if name in RUNS_CODE else {}
         try:
-            tasks.append(load_task(name, split, config))
+            task = load_evaluation(name, config.split or default_split(name), config.data_dir, stop=config.max_problems, **extra)
+            check_judgement(task)
+            tasks.append(task)
         except (ValueError, OSError, RuntimeError) as error:  # no such file, no network, no sandbox
             if config.task_name:
                 raise
@@ -114,23 +117,6 @@ def load_tasks(config):
     if not tasks:
         raise ValueError(f"there is no data for any of the {len(names)} tasks {', '.join(names)}: give --data-dir, or name a task by -a")
     return tasks
-
-
-def load_task(name, split, config):
-    arguments = {"split": split, "stop": config.max_problems}
-    folder = name.lower().partition("-")[0]
-    if config.data_dir and folder in DATA_FOLDERS:      # the others make their problems themselves
-        own = Path(config.data_dir).expanduser() / folder
-        arguments["data_dir"] = own if own.is_dir() else config.data_dir
-    task = get_task(name, **arguments)
-    task.split = split
-    if len(task) == 0:
-        raise ValueError(f"{name} {split} has 0 problems: check --max-problems={config.max_problems}")
-    reference = message_text(task[0]["messages"][-1])   # before hours of writing: can this task be judged here at all?
-    if not task.is_correct(task[0], reference) or task.is_correct(task[0], ""):
-        raise ValueError(f"{name} {split} does not accept its own reference answer to problem 0, or accepts an empty one "
-                         f"({reference[-80:]!r}): mend its data")
-    return task
 
 
 def checkpoint_key(meta, task, settings):
@@ -141,89 +127,49 @@ def checkpoint_key(meta, task, settings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers on disk
+# Shown
 
-class Answers:
-    """{path}_answers.jsonl, one problem a line, and beside it, while an evaluation runs, each rank's file of the answers so far.
+class Bar:
+    """How far rank 0's share of a task has come: a moving bar in a terminal, a line for every tenth in a log."""
 
-    A line counts as known if it bears this evaluation's key, whichever rank wrote it; of two about one problem the later counts."""
+    def __init__(self, title, compute):
+        self.title, self.is_shown, self.said = title, compute.is_master, {}
+        self.is_live = self.is_shown and Console().is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, disable=not self.is_live)
+        self.tasks = {}
 
-    def __init__(self, path, key, compute):
-        self.path, self.key, self.compute = path, key, compute
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.known = {}
-        for file in (self.final, *sorted(self.partials())):
-            for record in read_lines(file):
-                if record.pop("key", None) == key:
-                    self.known[record["index"]] = {**self.known.get(record["index"], {}), **record}
-        compute.barrier()                               # all have read before any writes
-        self.file = open(path.with_name(f"{path.name}_answers.rank{compute.rank}.partial"), "a", encoding="utf-8")
+    def __enter__(self):
+        self.progress.start()
+        return self
 
-    @property
-    def final(self):
-        return self.path.with_name(f"{self.path.name}_answers.jsonl")
+    def __exit__(self, *exception):
+        self.progress.stop()
 
-    def partials(self):
-        return self.path.parent.glob(f"{self.path.name}_answers.rank*.partial")
-
-    def keep(self, record):
-        # the newline stands first as well: a line torn by a kill must not swallow the next one
-        self.file.write(f"\n{json.dumps({**record, 'key': self.key}, ensure_ascii=False)}\n")
-        self.file.flush()
-
-    def close(self, records):
-        """All records into the final file; the ranks' files are no longer needed."""
-        self.file.close()
-        self.compute.barrier()
-        if self.compute.is_master:
-            write_atomic(self.final, "".join(json.dumps({**record, "key": self.key}, ensure_ascii=False) + "\n" for record in records))
-            for file in self.partials():
-                file.unlink()
-        self.compute.barrier()
+    def update(self, what, done, total):
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(f"{self.title}: {what}", total=total)
+        self.progress.update(self.tasks[what], completed=done)
+        tenth = 10 * done // total
+        if self.is_shown and not self.is_live and tenth > self.said.get(what, 0):
+            self.said[what] = tenth
+            print0(f"{self.title}: {done} of {total} {what}")
 
 
-def read_lines(path):
-    """The records of an answers file, without lines that a kill has torn."""
-    if not path.is_file():
-        return
-    yield from (record for record in load_jsonl(path, skipped=Counter()) if isinstance(record.get("index"), int))
-
-
-def find_answers(name):
-    """A file, or the name of an evaluation (sft_d8_AQUA) -> the path of its answers."""
-    for path in (Path(name).expanduser(), base_dir() / "eval" / name):
-        stem = path.name.removesuffix("_answers.jsonl").removesuffix(".json")
-        answers = path.with_name(f"{stem}_answers.jsonl")
-        if answers.is_file():
-            return answers
-    there = sorted(path.name.removesuffix("_answers.jsonl") for path in (base_dir() / "eval").glob("*_answers.jsonl"))
-    raise ValueError(f"{name} is neither a file of answers nor one of the {len(there)} evaluations under {base_dir() / 'eval'}: "
-                     f"{', '.join(there) or 'run chat_eval first'}")
-
-
-def compare_files(path_a, path_b):
-    """Two evaluations of the same problems -> the paired tests, printed in words."""
-    runs = [{(record["index"], record["prompt"]): record for record in read_lines(path)} for path in (path_a, path_b)]
-    shared = sorted(runs[0].keys() & runs[1].keys())
-    if not shared:
-        raise ValueError(f"{path_a.name} ({len(runs[0])} problems) and {path_b.name} ({len(runs[1])} problems) have 0 problems in common: "
-                         "compare evaluations of the same task, split and order")
-    result = compare([score(runs[0][key]) for key in shared], [score(runs[1][key]) for key in shared])
-    print0(f"A {path_a.name}: {percent(result['accuracy_a'])}\nB {path_b.name}: {percent(result['accuracy_b'])}")
-    if len(shared) < max(map(len, runs)):
-        print0(f"only the {len(shared)} problems in both are compared; A has {len(runs[0])}, B has {len(runs[1])}")
+def show_comparison(result):
+    print0(f"A {result['a']}: {percent(result['accuracy_a'])}\nB {result['b']}: {percent(result['accuracy_b'])}")
+    if result["n"] < max(result["problems_a"], result["problems_b"]):
+        print0(f"only the {result['n']} problems in both are compared; A has {result['problems_a']}, B has {result['problems_b']}")
     print0(f"A is better on {result['only_a']} problems, B on {result['only_b']}\n{result['verdict']}")
+    add_section(f"compare_{result['a']}_{result['b']}", f"A is `{result['a']}`, B is `{result['b']}`: {result['verdict']}.", result)
     return result
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shown
 
 def samples(records):
     """The first problems in the form that the report shows."""
     shown = []
     for record in records[:MAX_SAMPLES]:
-        read = record.get("no_reasoning", {})
+        read = record.get("no_reasoning")
         said = record["completions"][0] if "completions" in record else {"text": f"Answer: {read['answer']}", **read}
         shown.append({"question": record["prompt"], "completion": said["text"], "gold": record["gold"], "predicted": said["answer"],
                       "correct": said.get("correct", said["answer"] == record["gold"])})
@@ -255,7 +201,7 @@ def row(summary):
 
 
 def details(summary):
-    """Lines about letters and controls, for the tasks that have them."""
+    """Lines about letters, controls, samples and groups, for the tasks that have them."""
     metrics, lines = summary["metrics"], []
     if "too_long" in metrics:
         lines.append(f"{metrics['too_long']} of {summary['n']} prompts do not fit the model's context and count as wrong")
@@ -266,14 +212,30 @@ def details(summary):
         share = count / sum(metrics["letters_pred"].values())
         if letter != "none" and share > COLLAPSED:
             lines.append(f"the answer is {letter} in {percent(share)} of cases, whatever the question: the model has collapsed to one letter")
+    if "confusion" in metrics:
+        lines.append("right letter: letters given  " + "; ".join(f"{right}: " + " ".join(f"{given}:{count}" for given, count in row.items())
+                                                                 for right, row in metrics["confusion"].items()))
+    for name, words in (("generative", "written answers score"), ("categorical", 'the likeliest letter after "Answer:", without reasoning, scores')):
+        if name in metrics:
+            lines.append(f"{words} {said(metrics[name])}")
     if "after_reasoning" in metrics:
         lines.append(f"letter read after its own reasoning {percent(metrics['after_reasoning'])}, before it {percent(metrics['no_reasoning'])}")
     if "question_blind" in metrics:
-        blind = metrics["question_blind"]
-        lines.append(f"options without the question {percent(blind['accuracy'])} [{percent(blind['ci_low'])}, {percent(blind['ci_high'])}]; "
+        lines.append(f"options without the question {said(metrics['question_blind'])}; "
                      f"by shift of the options {', '.join(map(percent, metrics['shift_accuracy']))}; "
                      f"two orders choose the same option in {percent(metrics['shift_agreement'])} of cases")
+    for name in ("pass@k", "maj@k"):
+        if name in metrics:
+            lines.append(f"{name} " + ", ".join(f"{k}: {percent(value)} ± {100 * Z * metrics[f'{name}_error'][k]:.1f}" for k, value in metrics[name].items()))
+    for name in GROUPS:
+        groups = metrics.get(f"by_{name}", {})
+        if groups:
+            lines.append(f"by {name} " + "; ".join(f"{key}: {said(group)} of {group['n']}" for key, group in groups.items()))
     return lines
+
+
+def said(accuracy):
+    return f"{percent(accuracy['accuracy'])} [{percent(accuracy['ci_low'])}, {percent(accuracy['ci_high'])}]"
 
 
 def show(summaries, chatcore):

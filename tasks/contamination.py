@@ -15,7 +15,8 @@ MEASURES = ("exact", "normalised", "number_blind", "jaccard", "ngram")
 GRAM, SIMILAR = 5, 0.5                                  # words per gram; similarity from which two questions count as alike
 LONG_GRAM, SHORTEST = 13, 8                             # words of the longer gram; a question of fewer than SHORTEST is common speech
 MAX_EXAMPLES = 5
-WORD = re.compile(r"[a-z]+|\d+(?:[.,]\d+)*|[+*/^=<>]|(?<=\d)\s*-\s*(?=[\d(])")  # operators are words: 3 + 5 is not 3 - 5
+# Operators and the brackets of formulas are words: 3 + 5 is not 3 - 5, and 2(x + 1) is not 2x + 1. Hyphens and the brackets of prose are not.
+WORD = re.compile(r"[a-z]+|\d+(?:[.,]\d+)*|[+*/^=<>]|(?<=[\da-z)])\s*-\s*(?=[\d(])|(?<=[\w)+*/^=-])\(|\)(?=\s*[-+*/^=])")
 NUMBER = re.compile(r"\d[\d.,]*")
 
 

@@ -12,13 +12,13 @@ import torch
 from nanochat.engine import Request
 from tasks.aqua import extract_answer, permuted, split_choices
 from tasks.common import message_text, render_choices
-from tasks.metrics import choose, summarize
+from tasks.metrics import GROUPS, choose, summarize
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that decides the answers: the same model with the same settings answers the same."""
-    mode: str = ""                                      # generative or categorical ("" = as the task says)
+    mode: str = ""                                      # generative, categorical, or both, scored as the task says ("" = only so)
     temperature: float = 0.0                            # 0 = always the likeliest token
     top_k: int | None = None                            # sample among the likeliest tokens only
     num_samples: int = 1                                # completions per problem
@@ -28,8 +28,8 @@ class Settings:
     controls: bool = False                              # multiple choice: without the question, and in all cyclic orders
 
     def __post_init__(self):
-        if self.mode not in ("", "generative", "categorical"):
-            raise ValueError(f"mode={self.mode!r} is not generative or categorical: leave it empty for the task's own")
+        if self.mode not in ("", "generative", "categorical", "both"):
+            raise ValueError(f"mode={self.mode!r} is not generative or categorical, nor both: leave it empty for the task's own")
         if self.num_samples < 1 or self.max_new_tokens < 1 or self.temperature < 0:
             raise ValueError(f"num_samples={self.num_samples} and max_new_tokens={self.max_new_tokens} must be at least 1, "
                              f"temperature={self.temperature} at least 0: raise what is too small")
@@ -40,25 +40,27 @@ class Settings:
 # ---------------------------------------------------------------------------------------------------------------------
 # Answering
 
-def evaluate(task, engine, tokenizer, compute, settings, known=None, keep=None, batch_size=64, max_problems=-1):
+def evaluate(task, engine, tokenizer, compute, settings, known=None, keep=None, batch_size=64, max_problems=-1, progress=None):
     """Every problem of a task, or its first max_problems, -> its record, in the task's order, on every rank; each rank answers its share.
 
     `known` {index: record} are records of an earlier, interrupted evaluation with the same settings; what they hold is not
-    asked again. `keep(record)` is called whenever a record of this rank has grown."""
-    known, keep = known or {}, keep or (lambda record: None)
-    mode = settings.mode or task.eval_type
+    asked again. `keep(record)` is called whenever a record of this rank has grown, `progress(what, done, total)` now and then."""
+    known, keep, progress = known or {}, keep or (lambda record: None), progress or (lambda what, done, total: None)
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     conversations = {index: task[index] for index in range(compute.rank, count, compute.world_size)}
-    records = {index: start_record(task, index, conversation, known.get(index)) for index, conversation in conversations.items()}
-    if mode == "categorical" and not all("letters" in conversation for conversation in conversations.values()):
-        raise ValueError(f"{task.name} has no letters to compare: only multiple-choice tasks can be evaluated with mode='categorical'")
     letters = sorted({letter for conversation in conversations.values() for letter in conversation.get("letters", ())})
-    if letters and (settings.letters or mode == "categorical"):
+    scored = task.eval_type if settings.mode in ("", "both") else settings.mode  # the way that counts
+    writes = scored == "generative" or settings.mode == "both"
+    reads = bool(letters) and (settings.letters or scored == "categorical")
+    if scored == "categorical" and not all("letters" in conversation for conversation in conversations.values()):
+        raise ValueError(f"{task.name} has no letters to compare: only multiple-choice tasks can be evaluated with mode='categorical'")
+    if reads:
         answer_tokens(tokenizer, letters)               # before hours of writing, not after
-    if mode == "generative":
-        write_answers(task, conversations, records, engine, tokenizer, settings, keep)
-    if letters and (settings.letters or mode == "categorical"):
-        read_letters(conversations, records, engine.model, tokenizer, settings.controls and mode == "categorical", keep, batch_size)
+    records = {index: start_record(task, index, conversation, scored if writes else None, known.get(index)) for index, conversation in conversations.items()}
+    if writes:
+        write_answers(task, conversations, records, engine, tokenizer, settings, settings.controls and scored == "generative", keep, progress)
+    if reads:
+        read_letters(conversations, records, engine.model, tokenizer, settings.controls and scored == "categorical", keep, batch_size, progress)
     return sorted((record for part in compute.gather_objects(list(records.values())) for record in part), key=lambda record: record["index"])
 
 
@@ -72,12 +74,13 @@ def quick_accuracy(task, engine, tokenizer, compute, max_problems, max_new_token
     return {f"eval/{name}": metrics[name] for name in names if metrics[name] is not None} | {f"eval/{name}": value for name, value in at_k.items()}
 
 
-def start_record(task, index, conversation, known=None):
+def start_record(task, index, conversation, scored, known=None):
     """What is known about a problem before the model has said anything; or the earlier record, if it is about the same problem."""
     reference = message_text(conversation["messages"][-1])
     record = {"index": index, "prompt": question_of(conversation), "gold": conversation.get("answer_letter", find_answer(task, conversation, reference))}
-    if "letters" in conversation:
-        record["letters"] = conversation["letters"]
+    record |= {name: conversation[name] for name in ("letters", "chance", *GROUPS) if name in conversation}
+    if scored == "categorical":                         # it is written as well, but the letter counts
+        record["scored"] = "letter"
     return {**known, **record} if known and all(known.get(name) == value for name, value in record.items()) else record
 
 
@@ -92,13 +95,13 @@ def find_answer(task, conversation, text):
     return task.find_answer(conversation, text)
 
 
-def write_answers(task, conversations, records, engine, tokenizer, settings, keep):
+def write_answers(task, conversations, records, engine, tokenizer, settings, controls, keep, progress):
     """Let the model write: fills "completions" and, with controls, "controls" of the records that lack them. All are in flight together."""
     asked, requests = [], []
     for index, conversation in conversations.items():
         known = {"given"} if "completions" in records[index] else set()
         known |= records[index].get("controls", {}).keys()
-        for name, variant in variants(conversation, settings.controls).items():
+        for name, variant in variants(conversation, controls).items():
             if name in known:
                 continue
             asked.append((index, name, variant))
@@ -107,6 +110,7 @@ def write_answers(task, conversations, records, engine, tokenizer, settings, kee
     context = engine.model.config.sequence_len
     order = sorted((place for place, request in enumerate(requests) if len(request.tokens) < context), key=lambda place: len(requests[place].tokens))
     finished = [{} for _ in order]                      # of each request: sample -> completion
+    done = iter(range(1, len(requests) + 1))
 
     def finish(place, completions):
         index, name, variant = asked[place]
@@ -116,6 +120,7 @@ def write_answers(task, conversations, records, engine, tokenizer, settings, kee
             letter = extract_answer(completions[0].text, variant["letters"]) if completions[0] else None
             records[index].setdefault("controls", {})[name] = chosen(variant, letter)
         keep(records[index])
+        progress("answers written", next(done), len(requests))
 
     def on_finish(request, sample, completion):
         finished[request][sample] = completion
@@ -131,8 +136,10 @@ def write_answers(task, conversations, records, engine, tokenizer, settings, kee
 def judge(task, conversation, completion):
     if completion is None:
         return {"text": "", "answer": None, "correct": False, "finish_reason": "prompt too long", "tokens": 0}
-    return {"text": completion.text, "answer": find_answer(task, conversation, completion.text),
-            "correct": bool(task.is_correct(conversation, completion.text)), "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
+    answer, correct = find_answer(task, conversation, completion.text), bool(task.is_correct(conversation, completion.text))
+    if correct and answer is not None:                  # x+1 and 1+x are one answer, and vote as one
+        answer = conversation.get("answer_letter") or find_answer(task, conversation, message_text(conversation["messages"][-1]))
+    return {"text": completion.text, "answer": answer, "correct": correct, "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
 
 
 def variants(conversation, controls):
@@ -155,7 +162,7 @@ def chosen(conversation, answer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading letters
 
-def read_letters(conversations, records, model, tokenizer, controls, keep, batch_size):
+def read_letters(conversations, records, model, tokenizer, controls, keep, batch_size, progress):
     """Force "Answer:" and compare the letters: fills "no_reasoning" of each record, "after_reasoning" where the model wrote some,
     and with controls the letters without the question and in other orders."""
     places, prompts, letters = [], [], []
@@ -175,6 +182,8 @@ def read_letters(conversations, records, model, tokenizer, controls, keep, batch
             prompts.append(tokenizer.render_for_completion(conversation) + tokenizer.encode(f"{reasoning}\n"))
             letters.append(conversation["letters"])
 
+    done = iter(range(1, len(places) + 1))
+
     def fill(place, logprobs):
         index, name, variant = places[place]
         letter = max(logprobs, key=logprobs.get) if logprobs else None
@@ -183,6 +192,7 @@ def read_letters(conversations, records, model, tokenizer, controls, keep, batch
         else:
             records[index].setdefault("controls", {})[name] = chosen(variant, letter)
         keep(records[index])
+        progress("letters read", next(done), len(places))
 
     letter_logprobs(model, tokenizer, prompts, letters, batch_size, fill)
 

@@ -5,7 +5,8 @@
      "no_reasoning": {"answer": "A", "logprobs": {"A": -0.9, ...}}, "after_reasoning": ...,            letters read, not written
      "controls": {"blind": {"answer", "correct", "choice"}, "shift 1": ..., ...}}
 
-Only index, prompt and gold are always there. The statistics themselves are in tasks/statistics.py.
+Only index, prompt and gold are always there. With "scored": "letter" the letter read counts, not what was written; "chance" is what
+guessing scores on this problem; level, subject, subtask and kind group the problems. The statistics are in tasks/statistics.py.
 """
 import math
 from collections import Counter
@@ -17,15 +18,29 @@ from tasks.statistics import (accuracy_interval, clustered_error, confusion, maj
                               wilson_interval)
 
 
+GROUPS = ("level", "subject", "subtask", "kind")        # what a conversation may say about its problem
+
+
+def is_written(record):
+    """True if the record is scored by its completions, False if by the letter that was read."""
+    return "completions" in record and record.get("scored") != "letter"
+
+
 def score(record):
-    """The share of right answers to one problem: of the completions, or of the letter read where none was written."""
-    if "completions" in record:
-        return float(np.mean([completion["correct"] for completion in record["completions"]]))
+    """The share of right answers to one problem: of the completions, or of the letter read."""
+    return written_score(record) if is_written(record) else letter_score(record)
+
+
+def written_score(record):
+    return float(np.mean([completion["correct"] for completion in record["completions"]]))
+
+
+def letter_score(record):
     return float(record["no_reasoning"]["answer"] == record["gold"])
 
 
 def answers_of(record):
-    return [completion["answer"] for completion in record["completions"]] if "completions" in record else [record["no_reasoning"]["answer"]]
+    return [completion["answer"] for completion in record["completions"]] if is_written(record) else [record["no_reasoning"]["answer"]]
 
 
 def summarize(records, random_accuracy=0.0):
@@ -40,7 +55,10 @@ def summarize(records, random_accuracy=0.0):
         metrics["best_constant"] = {"letter": letter, "share": share}
         if all(score(record) in (0, 1) for record in records):
             metrics["p_against_constant"] = mcnemar([right == letter for right in gold], [score(record) for record in records])
+    if all("chance" in record for record in records):
+        metrics["random_accuracy"] = math.fsum(record["chance"] for record in records) / len(records)
     if all("letters" in record for record in records):
+        metrics |= both_ways(records)
         metrics["random_accuracy"] = math.fsum(1 / len(record["letters"]) for record in records) / len(records)
         letters = sorted(set().union(*(record["letters"] for record in records)))
         pairs = [(record["gold"], answer) for record in records for answer in answers_of(record)]
@@ -52,6 +70,27 @@ def summarize(records, random_accuracy=0.0):
     if too_long:
         metrics["too_long"] = too_long
     metrics |= completion_metrics(records, any(gold)) | letter_metrics(records) | control_metrics(records)
+    for name in GROUPS:
+        groups = {}
+        for record in records:
+            if record.get(name) is not None:
+                groups.setdefault(str(record[name]), []).append(score(record))
+        if len(groups) > 1:
+            metrics[f"by_{name}"] = {key: {"n": len(groups[key]), **interval(groups[key])} for key in sorted(groups)}
+    return metrics
+
+
+def interval(scores):
+    return dict(zip(("accuracy", "ci_low", "ci_high"), accuracy_interval(scores)))
+
+
+def both_ways(records):
+    """Multiple choice: the accuracy of what was written and of the letter read after "Answer:", where all records have them."""
+    metrics = {}
+    if all("completions" in record for record in records):
+        metrics["generative"] = interval([written_score(record) for record in records])
+    if all("no_reasoning" in record for record in records):
+        metrics["categorical"] = interval([letter_score(record) for record in records])
     return metrics
 
 
@@ -66,17 +105,21 @@ def completion_metrics(records, readable):
     completions = [completion for record in records for completion in record.get("completions", ())]
     if not completions:
         return {"parse_failures": None, "mean_tokens": None}
-    samples = len(records[0]["completions"])
+    samples = len(records[0]["completions"])            # every problem has as many
     metrics = {"parse_failures": float(np.mean([completion["answer"] is None for completion in completions])) if readable else None,
                "truncated": float(np.mean([completion["finish_reason"] != "stop" for completion in completions])),
                "mean_tokens": float(np.mean([completion["tokens"] for completion in completions]))}
     if samples > 1:
-        metrics["standard_error"] = clustered_error([score(record) for record in records])
+        metrics["standard_error"] = clustered_error([written_score(record) for record in records])
         right = [sum(completion["correct"] for completion in record["completions"]) for record in records]
-        metrics["pass@k"] = {str(k): float(np.mean([pass_at_k(samples, count, k) for count in right])) for k in powers_of_two(samples)}
+        answers = [[completion["answer"] for completion in record["completions"]] for record in records]
+        values = {"pass@k": lambda k: [pass_at_k(samples, count, k) for count in right]}
         if readable:
-            metrics["maj@k"] = {str(k): float(np.mean([majority_at_k(answers_of(record), record["gold"], k) for record in records]))
-                                for k in powers_of_two(samples)}
+            values["maj@k"] = lambda k: [majority_at_k(given, record["gold"], k) for given, record in zip(answers, records)]
+        for name, of_problems in values.items():
+            # The K samples of a problem are no K problems: the error is that of the mean over problems.
+            metrics[name] = {str(k): float(np.mean(of_problems(k))) for k in powers_of_two(samples)}
+            metrics[f"{name}_error"] = {str(k): clustered_error(of_problems(k)) for k in powers_of_two(samples)}
     return metrics
 
 

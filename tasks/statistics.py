@@ -136,6 +136,19 @@ def paired_permutation(first, second, samples=20_000, seed=0):
     return (extreme + 1) / (samples + 1)                # the observed order is one of the possible ones
 
 
+def effect_size(first, second, yes_or_no):
+    """-> (name, how large the difference is whatever the number of problems; None where no problem differs or all differ alike).
+
+    Cohen's g, the share of B's among the problems that only one solves, less 1/2 (0.05 small, 0.15 medium, 0.25 large); for means
+    Cohen's d_z, the mean difference in standard deviations of the differences (0.2, 0.5, 0.8)."""
+    differences = np.subtract(second, first, dtype=float)
+    if yes_or_no:
+        flips = int(np.count_nonzero(differences))
+        return "Cohen's g", float((differences > 0).sum() / flips - 0.5) if flips else None
+    spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+    return "Cohen's d_z", float(differences.mean() / spread) if spread > 0 else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In words
 
@@ -169,11 +182,13 @@ def compare(first, second):
     yes_or_no = all(score in (0, 1) for score in (*first, *second))
     p = mcnemar(first, second) if yes_or_no else paired_permutation(first, second)
     test = "exact McNemar" if yes_or_no else "paired permutation"
-    said = f"B - A = {100 * difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] on {len(first)} problems, {test} p = {p:.3g}"
+    name, effect = effect_size(first, second, yes_or_no)
+    size = "" if effect is None else f", effect size {name} = {effect:+.2f}"
+    said = f"B - A = {100 * difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] on {len(first)} problems, {test} p = {p:.3g}{size}"
     if p <= 0.05 and difference:
         words = f"{'B beats A' if difference > 0 else 'A beats B'} beyond noise: {said}"
     else:
         words = f"no difference beyond noise: {said}"
     return {"n": len(first), "accuracy_a": float(np.mean(first)), "accuracy_b": float(np.mean(second)), "difference": difference, "ci_low": low,
-            "ci_high": high, "p": p, "test": test, "only_a": sum(a > b for a, b in zip(first, second)),
+            "ci_high": high, "p": p, "test": test, "effect": name, "effect_size": effect, "only_a": sum(a > b for a, b in zip(first, second)),
             "only_b": sum(b > a for a, b in zip(first, second)), "verdict": words}

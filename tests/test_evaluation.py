@@ -5,6 +5,9 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,9 @@ from tasks.evaluation import Settings, answer_tokens, evaluate, letter_logprobs,
 from tasks.metrics import summarize
 from tasks.statistics import (accuracy_interval, centred, clustered_error, compare, confusion, majority_at_k, majority_share, mcnemar, most_common,
                               paired_bootstrap, paired_permutation, pass_at_k, percent, powers_of_two, verdict, wilson_interval)
+from tests import recompute
 
+ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NANOCHAT_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 CPU = Compute(torch.device("cpu"), torch.float32)
 
@@ -138,6 +143,9 @@ def test_b_beats_a_only_beyond_noise():
     solved = [1] * 50 + [0] * 50
     better = compare(solved, [1] * 70 + [0] * 30)
     assert better["verdict"].startswith("B beats A beyond noise: B - A = +20.00 points [") and "exact McNemar" in better["verdict"]
+    assert better["effect"] == "Cohen's g" and better["effect_size"] == 0.5 and compare(solved, solved)["effect_size"] is None
+    means = compare([0.0, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0])
+    assert means["effect"] == "Cohen's d_z" and means["effect_size"] == pytest.approx(0.25 / np.std([0.5, 0, 0.5, 0], ddof=1)) and "d_z = +0.87" in means["verdict"]
     assert better["ci_low"] > 0 and (better["only_a"], better["only_b"]) == (0, 20)
     assert compare([1] * 70 + [0] * 30, solved)["verdict"].startswith("A beats B beyond noise")
     assert compare(solved, [1] * 53 + [0] * 47)["verdict"].startswith("no difference beyond noise: B - A = +3.00")
@@ -258,7 +266,7 @@ def test_settings_that_make_no_sense_say_so():
     with pytest.raises(ValueError, match="4 equal answers"):
         Settings(num_samples=4)
     with pytest.raises(ValueError, match="generative or categorical"):
-        Settings(mode="both")
+        Settings(mode="neither")
     with pytest.raises(ValueError, match="at least 1"):
         Settings(max_new_tokens=0)
 
@@ -373,6 +381,43 @@ def test_a_categorical_task_is_answered_without_writing(model, tokenizer, tmp_pa
     assert len(metrics["shift_accuracy"]) == 3 and metrics["random_accuracy"] == pytest.approx(1 / 3) and sum(metrics["letters_pred"].values()) == 9
     with pytest.raises(ValueError, match="no letters to compare"):
         run(get_task("SpellingBee", split="test", stop=3), engine, tokenizer, mode="categorical")
+
+
+def test_multiple_choice_is_answered_both_ways_and_scored_as_the_task_says(model, tokenizer, tmp_path):
+    rows = [{"question": f"Which of {i}?", "choices": {"text": ["one", "two", "12"], "label": ["A", "B", "C"]}, "answerKey": "ABC"[i % 3]} for i in range(9)]
+    (tmp_path / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = ScriptedEngine(model, tokenizer, always("A"))
+    records = run(get_task("ARC-Easy", split="test", data_dir=tmp_path), engine, tokenizer, mode="both", controls=True)
+    metrics = summarize(records, 0.25)
+    assert len(engine.asked) == 9                       # the controls are read, as the score is
+    assert metrics["generative"]["accuracy"] == pytest.approx(1 / 3) and metrics["categorical"]["accuracy"] == metrics["accuracy"] == metrics["no_reasoning"]
+    assert metrics["letters_pred"]["A"] == sum(record["no_reasoning"]["answer"] == "A" for record in records) and metrics["mean_tokens"] > 0
+    records = run(algebra(5), ScriptedEngine(model, tokenizer, always("A")), tokenizer, mode="both", letters=True)
+    metrics = summarize(records, 0.2)
+    assert metrics["accuracy"] == metrics["generative"]["accuracy"] == 0.2 and "categorical" in metrics and "scored" not in records[0]
+
+
+def test_a_group_of_problems_has_its_own_accuracy(model, tokenizer):
+    metrics = summarize(run(algebra(30), ScriptedEngine(model, tokenizer, always("A")), tokenizer), 0.2)
+    assert sum(group["n"] for group in metrics["by_level"].values()) == 30 and set(metrics["by_level"]) <= set("1234")
+    assert sum(group["n"] * group["accuracy"] for group in metrics["by_level"].values()) == pytest.approx(6)
+
+
+def test_equal_answers_vote_as_one_and_chance_is_that_of_the_problem(model, tokenizer, tmp_path):
+    row = {"problem": "Half?", "level": "Level 1", "type": "Algebra", "solution": r"$\boxed{x+\frac{1}{2}}$"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    task = get_task("MATH", split="test", data_dir=tmp_path)
+    texts = (r"\boxed{0.5+x}", r"\boxed{x + 1/2}", r"\boxed{7}", "none")
+    (record,) = run(task, ScriptedEngine(model, tokenizer, lambda prompt, sample: texts[sample]), tokenizer, num_samples=4, temperature=1.0)
+    assert [completion["answer"] for completion in record["completions"]] == [record["gold"], record["gold"], "7", None]
+    assert summarize([record])["maj@k"]["4"] == 1 and summarize([record])["pass@k"]["1"] == 0.5
+    assert summarize([{**record, "chance": 0.5}, {**record, "chance": 0.0}])["random_accuracy"] == 0.25
+
+
+def test_progress_reaches_the_end_of_both_parts(model, tokenizer):
+    seen = []
+    evaluate(algebra(4), ScriptedEngine(model, tokenizer, always("A")), tokenizer, CPU, Settings(), progress=lambda *news: seen.append(news))
+    assert seen[:4] == [("answers written", i, 4) for i in range(1, 5)] and seen[-1] == ("letters read", 8, 8)  # before and after reasoning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,3 +537,69 @@ def test_chatcore_is_the_mean_over_all_seven_whole_tasks():
     assert chat_eval.mean_centred(summaries, True) == {"name": "ChatCORE", "value": pytest.approx(0.5)}
     assert chat_eval.mean_centred(summaries, False)["name"].startswith("mean of 7")
     assert chat_eval.mean_centred(summaries[1:], True)["name"].startswith("mean of 6") and "AQUA" in chat_eval.CHATCORE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole, as a user runs it
+
+@pytest.mark.parametrize("flags", [("-a", "ALGEBRA|SpellingBee|ARC-Easy", "-x", "20", "--controls"), ("-a", "ALGEBRA|SpellingBee", "-x", "9", "-n", "5", "-t", "1.0")])
+def test_an_independent_script_finds_every_number_of_the_summary_in_the_answers(base, flags, tmp_path):
+    (tmp_path / "data" / "arc").mkdir(parents=True)
+    rows = [{"question": f"Which of {i}?", "choices": {"text": ["one", "two", "12"][:2 + i % 2], "label": ["A", "B", "C"][:2 + i % 2]}, "answerKey": "AB"[i % 2]} for i in range(12)]
+    (tmp_path / "data" / "arc" / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for summary in chat_eval.main(arguments(*flags, "--data-dir", str(tmp_path / "data"))):
+        lines, count = recompute.check(base / "eval" / f"sft_d2_{summary['task']}.json")
+        assert lines == [] and count >= 9
+    path = base / "eval" / "sft_d2_ALGEBRA.json"
+    altered = json.loads(path.read_text())
+    altered["metrics"]["ci_high"] += 0.001
+    altered["metrics"]["new"] = 1
+    path.write_text(json.dumps(altered))
+    assert len(recompute.check(path)[0]) == 2           # it does look
+
+
+def command(*flags):
+    return [sys.executable, "-m", "scripts.chat_eval", "--device-type=cpu", "--dtype=float32", "-m", "12", *flags]
+
+
+def test_an_evaluation_killed_by_signal_9_repeats_no_answer(base):
+    flags = ("-a", "ALGEBRA", "-x", "60", "-b", "4", "--controls")
+    with open(base / "log", "w") as log, subprocess.Popen(command(*flags), cwd=ROOT, stdout=log, stderr=log) as process:
+        partial, deadline = base / "eval" / "sft_d2_ALGEBRA_answers.rank0.partial", time.monotonic() + 300
+        while (not partial.exists() or partial.read_text().count("\n\n") < 40) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -9, (base / "log").read_text()
+    kept = [json.loads(line) for line in partial.read_text().split("\n") if line.endswith("}")]
+    done = {record["index"]: record for record in kept}  # of each problem the last line holds most
+    written = sum(("completions" in record) + len(record.get("controls", {})) for record in done.values())
+    assert 30 < written < 60 * 6 and not (base / "eval" / "sft_d2_ALGEBRA.json").exists()
+    asked, real = [], Engine.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "generate", lambda self, requests, on_finish: (asked.extend(requests), real(self, requests, on_finish)))
+        chat_eval.main(arguments(*flags))
+    assert len(asked) == 60 * 6 - written
+    final = [json.loads(line) for line in (base / "eval" / "sft_d2_ALGEBRA_answers.jsonl").read_text().splitlines()]
+    assert [record["index"] for record in final] == list(range(60)) and not partial.exists()
+    assert all(final[index]["completions"] == record["completions"] for index, record in done.items() if "completions" in record)
+    assert recompute.check(base / "eval" / "sft_d2_ALGEBRA.json")[0] == []
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_say_what_one_process_says(base):
+    flags = ("-a", "ALGEBRA|SpellingBee", "-x", "14", "-n", "2", "-t", "0.8", "--controls")
+    chat_eval.main(arguments(*flags))
+    paths = [base / "eval" / f"sft_d2_{task}{ending}" for task in ("ALGEBRA", "SpellingBee") for ending in ("_answers.jsonl", ".json")]
+    alone = [path.read_text() for path in paths]
+    for path in paths:
+        path.unlink()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.chat_eval", "--"]
+    result = subprocess.run([*launcher, *command(*flags)[3:]], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    for path, text in zip(paths, alone):
+        if path.suffix == ".jsonl":
+            for one, other in zip(map(json.loads, path.read_text().splitlines()), map(json.loads, text.splitlines()), strict=True):
+                assert one["completions"] == other["completions"] and one.get("controls") == other.get("controls")
+        else:
+            assert json.loads(path.read_text())["metrics"]["accuracy"] == json.loads(text)["metrics"]["accuracy"]
+    assert not list((base / "eval").glob("*.partial")) and result.stdout.count("ALGEBRA validation: 14 problems") == 1

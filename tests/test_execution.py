@@ -1,3 +1,4 @@
+import ctypes
 import os
 import re
 import socket
@@ -11,6 +12,41 @@ from hypothesis import strategies as st
 
 from nanochat import execution
 from nanochat.execution import calculate, run_python, sandbox_refusal
+
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_behind():
+    """Orphans of this module become children of this process, so that none can hide; at the end no new one may live."""
+    libc, PR_SET_CHILD_SUBREAPER = ctypes.CDLL(None), 36
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    before = descendants()
+    yield
+    deadline = time.perf_counter() + 5
+    while descendants() - before and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    left = descendants() - before
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    assert not left, {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left}
+
+
+def descendants():
+    """The living processes below this one."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            if state != "Z":                            # a zombie runs nothing
+                parents[int(folder.name)] = int(parent)
+    found, size = {os.getpid()}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {pid for pid, parent in parents.items() if parent in found}
+    return found - {os.getpid()}
+
 
 in_sandbox = pytest.mark.skipif(sandbox_refusal() is not None, reason=f"no sandbox here: {sandbox_refusal()}")
 
@@ -58,6 +94,12 @@ def test_the_calculator_agrees_with_python(expression):
         assert float(calculate(expression)) == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
+def test_the_calculator_works_in_many_threads_at_once():
+    expressions = [f"({n}+{n})*{n}/{n}" for n in range(1, 400)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(calculate, expressions)) == [str(2 * n) for n in range(1, 400)]
+
+
 # ---------------------------------------------------------------- sandbox
 
 
@@ -77,6 +119,10 @@ def test_a_program_reads_its_input_and_says_its_output():
 def test_a_program_that_fails_says_how(code, status, words):
     result = run(code)
     assert not result.success and result.returncode == status and words in result.stderr and not result.timed_out
+
+
+def test_at_least_forty_escapes_are_tried():
+    assert len(ESCAPES) >= 50
 
 
 # Each tries to do harm and prints HARM if it succeeds. {outside} is a file of the host, {pid} a process of the host.
@@ -118,6 +164,27 @@ ESCAPES = {
     "fill the disk with many files": "for i in range(64): open(f'/tmp/{{i}}', 'wb').write(bytes(1 << 20))\nprint('HARM')",
     "open endless files": "files = [open('/dev/null') for _ in range(100)]; print('HARM')",
     "fork endlessly": "import os, time\nfor n in range(100):\n    if os.fork() == 0: time.sleep(60); os._exit(0)\nprint('HARM')",
+    "spawn endlessly": "import os, sys\nfor n in range(100): os.posix_spawn(sys.executable, [sys.executable, '-S', '-c', 'import time; time.sleep(60)'], {{}})\nprint('HARM')",
+    "run a shell by posix_spawn": "import os; os.posix_spawn('/bin/sh', ['sh', '-c', 'cat {outside} && echo HARM'], {{}}); os.wait()",
+    "fork by a raw system call": "import ctypes, time\nfor n in range(100):\n    pid = ctypes.CDLL(None).syscall(57)\n    if pid == 0: time.sleep(60)\n"
+                                 "    if pid < 0: break\nelse: print('HARM')",
+    "stop the host's process": "import os, signal; os.kill({pid}, signal.SIGSTOP); print('HARM')",
+    "signal its own group and parents": "import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN); os.killpg(0, signal.SIGTERM); os.kill(1, signal.SIGTERM); print('alive')",
+    "read memory by /proc": "print('HARM', open('/proc/self/mem', 'rb'), open('/proc/{pid}/maps').read())",
+    "mount /proc anew": "import ctypes, os; os.mkdir('/tmp/p'); print('HARM' if ctypes.CDLL(None).mount(b'proc', b'/tmp/p', b'proc', 0, None) == 0 else 'refused')",
+    "leave through /proc": "import os; os.chdir('/proc/1/root'); print('HARM', os.listdir('.'))",
+    "link hard to a host file": "import os; os.link('{outside}', '/tmp/link'); print('HARM')",
+    "link a folder to the parents": "import os; os.symlink('../' * 20, '/tmp/up'); print('HARM' if os.path.exists('/tmp/up{outside}') else 'none')",
+    "connect to an abstract socket": "import socket; socket.socket(socket.AF_UNIX).connect('\\0{abstract}'); print('HARM')",
+    "ask the kernel by netlink for routes": "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('8.8.8.8', 53)); print('HARM', s.getsockname())",
+    "raise a soft limit beyond the hard one": "import resource\nfor limit in (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE):\n"
+                                              "    try: resource.setrlimit(limit, (1 << 40, 1 << 40)); print('HARM', limit)\n    except (ValueError, OSError): pass",
+    "raise the limits of the host's process": "import resource; resource.prlimit({pid}, resource.RLIMIT_AS, (1 << 20, 1 << 20)); print('HARM')",
+    "type into the terminal": "import fcntl, termios; fcntl.ioctl(open('/dev/tty'), termios.TIOCSTI, b'x'); print('HARM')",
+    "load a kernel module": "import ctypes; print('HARM' if ctypes.CDLL(None).syscall(175, b'x', 1, b'') == 0 else 'refused')",
+    "run from memory what is not there": "import os; fd = os.memfd_create('x'); os.write(fd, b'#!/bin/sh\\ncat {outside} && echo HARM\\n'); os.execve(fd, ['x'], {{}})",
+    "change the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, 0); print('HARM')",
+    "rename the host": "import socket; socket.sethostname('harm'); print('HARM')",
     "start endless threads": "import threading, time\nfor _ in range(100): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint('HARM')",
 }
 
@@ -131,8 +198,11 @@ def test_each_escape_is_tried_and_refused(name, tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):  # only the sandbox shall stand between program and file
         folder.chmod(0o755)
     monkeypatch.setenv("NANOCHAT_CANARY", "secret")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        result = run(ESCAPES[name].format(outside=secret, pid=os.getpid(), port=server.getsockname()[1]))
+    abstract = f"nanochat-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind(f"\0{abstract}")
+        local.listen()
+        result = run(ESCAPES[name].format(outside=secret, pid=os.getpid(), port=server.getsockname()[1], abstract=abstract))
     assert "HARM" not in result.stdout and not result.timed_out, result
     assert secret.read_text() == "secret"
 

@@ -1,6 +1,8 @@
 """Every registered task, on small files made here and on the real ones where they are: the reference earns all, "" earns nothing."""
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from tasks.aqua import permuted
 from tasks.common import Task, get_task, message_text, task_names
 from tasks.gsm8k import answer_parts, extract_number
 from tasks.humaneval import extract_code
+from tasks.hendrycks_math import SUBJECTS
 from tasks.rewards import same_number
+from tests.fakes.hub import FakeHub
 from tests.test_bbh import write_bbh
 
 DATA = Path(os.environ.get("NANOCHAT_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -256,3 +260,62 @@ def test_a_bad_row_of_smoltalk_names_itself(tmp_path):
     assert task[0] == CHAT
     with pytest.raises(ValueError, match="row 1 of SmolTalk train"):
         task[1]
+
+
+# The Hub, as the real client sees it
+
+SUBTASK_ROWS = [{"input": "not ( True ) is", "target": "False"}, {"input": "True and True is", "target": "True"}]
+PUBLISHED = {  # data set -> {configuration: {split: rows}}, and the tasks with their arguments that it serves
+    "deepmind/aqua_rat": ({"raw": {"validation": FILES["AQUA"][1]}}, [("AQUA", {"split": "validation"})]),
+    "allenai/ai2_arc": ({"ARC-Easy": {"test": [ARC_ROW]}, "ARC-Challenge": {"test": [ARC_ROW]}}, [("ARC-Easy", {"split": "test"}), ("ARC-Challenge", {"split": "test"})]),
+    "cais/mmlu": ({"all": {"test": MMLU_ROWS}}, [("MMLU", {"split": "test"}), ("MMLU-Science", {"split": "test"})]),
+    "openai/gsm8k": ({"main": {"test": [GSM_ROW]}}, [("GSM8K", {"split": "test"})]),
+    "openai/openai_humaneval": ({"openai_humaneval": {"test": [EVAL_ROW]}}, [("HumanEval", {})]),
+    "HuggingFaceTB/smol-smoltalk": ({"default": {"test": [CHAT]}}, [("SmolTalk", {"split": "test"})]),
+    "EleutherAI/hendrycks_math": ({subject: {"test": [{**MATH_ROW, "type": name}]} for subject, name in SUBJECTS.items()},
+                                  [("MATH", {"split": "test"}), ("MATH", {"split": "test", "subjects": "geometry"})]),
+    "HuggingFaceH4/MATH-500": ({"default": {"test": [{**MATH_ROW, "subject": MATH_ROW["type"], "level": 2}]}}, [("MATH-500", {})]),
+    "lukaemon/bbh": ({"boolean_expressions": {"test": SUBTASK_ROWS}, "navigate": {"test": [{"input": "Do you return?", "target": "No"}]}},
+                     [("BBH", {"subtasks": ["boolean_expressions", "navigate"]}), ("BBH", {"subtasks": "boolean_expressions", "few_shot": 1})]),
+    "google-research-datasets/mbpp": ({"full": {"test": [MBPP_ROW]}, "sanitized": {"test": [SANITIZED_ROW]}},
+                                      [("MBPP", {"split": "test"}), ("MBPP-Sanitized", {"split": "test"})]),
+}
+SIZES = {"MMLU": 2, "MATH": 7, "BBH": 3}
+
+
+def publish(folder, configs):
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            (folder / config).mkdir(parents=True)
+            write_rows(folder / config / f"{split}.jsonl", rows)
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+def test_every_data_set_of_the_hub_is_read_through_the_real_client(tmp_path):
+    wanted = [entry for _, entries in PUBLISHED.values() for entry in entries]
+    program = ("import json, sys\nfrom tasks.common import get_task\n"
+               "for name, arguments in json.load(sys.stdin):\n"
+               "    task = get_task(name, **arguments)\n"
+               "    print(json.dumps([name, len(task), list(task)]))\n")
+    published = {f"datasets/{name}": publish(tmp_path / name, configs) for name, (configs, _) in PUBLISHED.items()}
+    environment = {key: value for key, value in os.environ.items() if key not in ("AQUA_DATA_DIR", "NANOCHAT_AQUA_DIR")}
+    with FakeHub(published) as hub:
+        result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], input=json.dumps(wanted), capture_output=True, text=True, timeout=500,
+                                env={**environment, **hub.env(tmp_path / "home"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")})
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == [name for name, _ in wanted]
+    for (name, arguments), (_, size, conversations) in zip(wanted, lines):
+        assert size == len(conversations) == (1 if len(arguments) > 1 and name != "AQUA" else SIZES.get(name, 1)), name
+    local = {name: json.loads(json.dumps(list(build(name, fresh(tmp_path, name))))) for name in ("AQUA", "ARC-Easy", "MMLU", "GSM8K", "HumanEval", "SmolTalk", "MBPP", "MATH-500")}
+    for name, conversations in local.items():           # a folder and the Hub give the same
+        assert next(line[2] for line in lines if line[0] == name) == conversations, name
+
+
+def fresh(folder, name):
+    (folder / "local" / name).mkdir(parents=True)
+    return folder / "local" / name
