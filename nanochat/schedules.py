@@ -13,6 +13,11 @@ def warmup_warmdown(step, num_steps, warmup_frac=0.0, warmdown_frac=0.2, final_f
     return 1.0
 
 
+def warmup(step, warmup_steps):
+    """From 1/warmup_steps up to 1: an optimizer without a past takes its first steps almost at random, so they should be short."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+
+
 def linear_decay(step, num_steps, final_frac=0.0):
     """From 1 at step 0 to `final_frac` at num_steps."""
     return 1.0 + (final_frac - 1.0) * min(step / num_steps, 1.0)

@@ -28,7 +28,7 @@ from nanochat.rl.rollout import Sampler, make_batches
 from nanochat.rl.safety import batch_keeper, check_finite, check_sizes, count_silence, stop_if_silent, warn_of_kl, watch_entropy
 from nanochat.rl.update import Objective, learn, prepare
 from nanochat.run_logger import RunLogger
-from nanochat.schedules import between, linear_decay
+from nanochat.schedules import between, linear_decay, warmup
 from nanochat.training import every, seed_everything
 from tasks.aqua import extract_answer
 from tasks.common import message_text
@@ -93,8 +93,9 @@ class Config:
     embedding_lr: float = 0.2           # AdamW learning rate of the embedding, at width 768
     unembedding_lr: float = 0.004       # AdamW learning rate of the head, at width 768
     matrix_lr: float = 0.02             # Muon learning rate of the matrices in the blocks
-    init_lr_frac: float = 0.05          # factor on all learning rates at the first step
-    lr_schedule: str = "linear"         # linear: to 0 at the last step; constant
+    init_lr_frac: float = 0.05          # factor on all learning rates
+    warmup_steps: int = 15              # steps over which it rises first, while the optimizer's averages fill (0 = off)
+    lr_schedule: str = "linear"         # linear: falls to 0 at the last step; constant
     weight_decay: float = 0.0           # decoupled weight decay
     grad_clip: float = 1.0              # largest gradient norm (0 = off)
     # Watching
@@ -195,7 +196,8 @@ def main(config):
                               f"minibatches|{config.seed}|{step}")
         if every(config.rollouts_every, step, config.num_steps):
             log_rollouts(logger, step, groups[:2], conversations[:2], extract_answer)
-        lr_mult = config.init_lr_frac * (linear_decay(step, config.num_steps) if config.lr_schedule == "linear" else 1.0)
+        decay = linear_decay(step, config.num_steps) if config.lr_schedule == "linear" else 1.0
+        lr_mult = config.init_lr_frac * warmup(step, config.warmup_steps) * decay
         learned = learn(model, optimizer, minibatches, objective, compute, step, lr_mult, config.grad_clip, config.grpo_epochs, reference, keep)
         engine.refresh()
         if curriculum:

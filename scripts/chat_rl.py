@@ -25,7 +25,7 @@ from nanochat.rl.rollout import Sampler, make_batches
 from nanochat.rl.safety import batch_keeper, check_finite, check_sizes, count_silence, stop_if_silent, watch_entropy
 from nanochat.rl.update import Objective, learn, prepare
 from nanochat.run_logger import RunLogger
-from nanochat.schedules import linear_decay
+from nanochat.schedules import linear_decay, warmup
 from nanochat.training import every, seed_everything
 from tasks.aqua import extract_answer
 from tasks.common import message_text
@@ -62,7 +62,8 @@ class Config:
     embedding_lr: float = 0.2           # AdamW learning rate of the embedding, at width 768
     unembedding_lr: float = 0.004       # AdamW learning rate of the head, at width 768
     matrix_lr: float = 0.02             # Muon learning rate of the matrices in the blocks
-    init_lr_frac: float = 0.05          # factor on all learning rates at the first step
+    init_lr_frac: float = 0.05          # factor on all learning rates; falls linearly to 0 at the last step
+    warmup_steps: int = 15              # steps over which it rises first, while the optimizer's averages fill (0 = off)
     weight_decay: float = 0.0           # decoupled weight decay
     grad_clip: float = 1.0              # largest gradient norm (0 = off)
     # Watching
@@ -155,7 +156,8 @@ def main(config):
         minibatches = prepare(groups, objective, model, reference, compute, config.device_batch_size, tokenizer.bos_id)
         if every(config.rollouts_every, step, num_steps):
             log_rollouts(logger, step, groups[:2], conversations[:2], extract_answer)
-        learned = learn(model, optimizer, minibatches, objective, compute, step, config.init_lr_frac * linear_decay(step, num_steps), config.grad_clip, keep=keep)
+        lr_mult = config.init_lr_frac * warmup(step, config.warmup_steps) * linear_decay(step, num_steps)
+        learned = learn(model, optimizer, minibatches, objective, compute, step, lr_mult, config.grad_clip, keep=keep)
         engine.refresh()
         metrics |= {**learned, "time/train_s": clock.lap()}
         sampled = compute.sum(sum(len(rollout.tokens) for group in groups for rollout in group))

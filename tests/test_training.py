@@ -10,7 +10,7 @@ import torch
 from nanochat.common import Compute, native_dtype
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import peak_flops
-from nanochat.schedules import cosine, linear_decay, muon_momentum, warmup_warmdown
+from nanochat.schedules import cosine, linear_decay, muon_momentum, warmup, warmup_warmdown
 from nanochat.training import accumulate, every, num_micro_batches, optimizer_step, rng_state, seed_everything, set_rng_state
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 def test_schedules_start_and_end_where_they_say():
     assert [warmup_warmdown(step, 10, 0.2, 0.4) for step in range(11)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     assert warmup_warmdown(10, 10, 0, 0.4, final_frac=0.1) == pytest.approx(0.1)
+    assert [warmup(step, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1] and warmup(0, 0) == 1
     assert (linear_decay(0, 8), linear_decay(4, 8), linear_decay(8, 8)) == (1.0, 0.5, 0.0)
     assert (cosine(0, 8), cosine(8, 8)) == pytest.approx((1.0, 0.0))
     assert (muon_momentum(0), muon_momentum(300), muon_momentum(9999)) == pytest.approx((0.85, 0.95, 0.95))
