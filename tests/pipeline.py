@@ -1,7 +1,9 @@
 """The whole pipeline on two layers, for the tests that start, kill, resume and split it. Run as a program it is one stage:
 
     python -m tests.pipeline base --resume        with NANOCHAT_BASE_DIR set
+    python -m tests.pipeline grpo num_steps=1     with other settings
 """
+import ast
 import dataclasses
 import sys
 
@@ -41,4 +43,5 @@ def run_stage(stage, **changes):
 
 
 if __name__ == "__main__":
-    run_stage(sys.argv[1], resume="--resume" in sys.argv)
+    changes = dict(argument.split("=") for argument in sys.argv[2:] if "=" in argument)
+    run_stage(sys.argv[1], resume="--resume" in sys.argv, **{name: ast.literal_eval(value) for name, value in changes.items()})

@@ -322,9 +322,9 @@ def test_log_probabilities_of_top_k_are_the_sampler_s(policy):
     group, = sample_groups(Engine(model, tokenizer), tokenizer, conversations, lambda *_: {"correct": 1.0}, 8, 12, 0.8, [3], top_k=7)
     for batch in make_batches(group, 3, tokenizer.bos_id, "cpu"):
         logprobs = target_logprobs(model, model.hidden(batch.inputs), batch.targets, 0.8, top_k=7)
-        assert float((logprobs - batch.sampler_logprobs)[batch.mask].abs().max()) <= 1e-5
+        assert float((logprobs.detach() - batch.sampler_logprobs)[batch.mask].abs().max()) <= 1e-5
         plain = target_logprobs(model, model.hidden(batch.inputs), batch.targets, 0.8)
-        assert float((plain - batch.sampler_logprobs)[batch.mask].abs().max()) > 0.1  # what scoring the whole vocabulary would be off by
+        assert float((plain.detach() - batch.sampler_logprobs)[batch.mask].abs().max()) > 0.1  # what scoring the whole vocabulary would be off by
 
 
 def test_the_gradient_through_top_k_agrees_with_finite_differences(monkeypatch):
@@ -351,35 +351,37 @@ def test_the_exact_kl_in_chunks_has_the_value_and_the_gradient_of_the_whole(poli
     mine = gradients(model)
     whole = kl_exact(model(inputs) / 0.9, reference(inputs).detach() / 0.9)[wanted].sum()
     whole.backward()
-    assert float(chunked) == pytest.approx(float(whole), rel=1e-5) and float(whole) > 0
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-5) and whole.item() > 0
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kl_mode", ["k1", "k3", "exact"])
-def test_a_strong_kl_brings_the_policy_back_to_its_reference(policy, groups, kl_mode):
+def test_each_form_of_the_kl_pulls_the_policy_the_way_of_the_exact_one(policy):
+    """Against the gradient of the exact KL, on 1,536 short rollouts: sampled forms are noisy, and point the same way."""
     model, tokenizer = policy
     reference = make_model(tokenizer).requires_grad_(False)
     with torch.no_grad():
         model.lm_head.weight += 0.2 * torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(5))
-    batches = make_batches(sum(groups, []), 100, tokenizer.bos_id, "cpu")
-    objective, far = Objective(1.0, "reinforce", kl_coef=10.0, kl_mode=kl_mode, max_new_tokens=10), []
-    optimizer = MuonAdamW(model, CPU)
-    for step in range(6):
-        fresh = groups if kl_mode != "k1" else resampled(policy, step)
-        hidden, ref_hidden = model.hidden(batches[0].inputs), reference.hidden(batches[0].inputs)
-        far.append(float(exact_kl(model, reference, hidden, ref_hidden, batches[0].mask, 1.0)))
-        for group in fresh:
-            for i, rollout in enumerate(group):
-                rollout.place, rollout.rewards = rollout.place or 0, {"correct": float(i % 2)}
-        learn(model, optimizer, prepare(fresh, objective, model, reference, CPU, 100, tokenizer.bos_id), objective, CPU, step, 0.05, 1.0, reference=reference)
-    assert far[-1] < 0.8 * far[0]
-
-
-def resampled(policy, step):
-    model, tokenizer = policy
     conversations = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]} for text in ("2+2", "How many cups?", "x")]
-    return sample_groups(Engine(model, tokenizer), tokenizer, conversations, lambda *_: {"correct": 0.0}, 32, 10, 1.0, [step, step + 100, step + 200])
+    groups = sample_groups(Engine(model, tokenizer, max_rows=600), tokenizer, conversations, lambda *_: {"correct": 0.0}, 512, 2, 1.0, [1, 2, 3])
+    for place, group in enumerate(groups):
+        for i, rollout in enumerate(group):
+            rollout.place, rollout.rewards = place, {"correct": float(i % 2)}  # what the KL outweighs a thousandfold
+    found = {}
+    for kl_mode in ("exact", "k1", "k3"):
+        objective = Objective(1.0, "reinforce", kl_coef=1000.0, kl_mode=kl_mode, max_new_tokens=2)
+        (batches,) = prepare(groups, objective, model, reference, CPU, 512, tokenizer.bos_id)
+        gradient_pass(model, batches, objective, CPU, reference)
+        found[kl_mode] = torch.cat([gradient.flatten() for gradient in gradients(model).values()])
+    for kl_mode in ("k1", "k3"):
+        assert torch.cosine_similarity(found[kl_mode], found["exact"], dim=0) > 0.5, kl_mode
+    before = float(exact_kl(model, reference, *(one.hidden(batches[0].inputs) for one in (model, reference)), batches[0].mask, 1.0).detach())
+    with torch.no_grad():
+        flat = found["exact"] / found["exact"].norm()
+        for weight, part in zip((weight for weight in model.parameters()), flat.split([weight.numel() for weight in model.parameters()])):
+            weight -= 0.002 * part.view_as(weight)
+    after = float(exact_kl(model, reference, *(one.hidden(batches[0].inputs) for one in (model, reference)), batches[0].mask, 1.0).detach())
+    assert 0 < after < before
 
 
 def test_minibatches_hold_whole_groups_once_and_do_not_depend_on_the_ranks(policy, groups):
@@ -458,8 +460,8 @@ def test_an_epoch_asks_each_problem_once_and_its_options_move_from_visit_to_visi
     count = len(train["AQUA"])
     conversations = [problems.at(place).conversation for place in range(2 * count)]
 
-    def key(conversation):  # the question without its options
-        return conversation["messages"][0]["content"].split("\n- ")[0] + str(sorted(line[:-2] for line in conversation["messages"][0]["content"].split("\n- ")[1:]))
+    def key(conversation):  # the question and its options in any order, without their letters
+        return str(sorted(line[:-2] if line.startswith("- ") else line for line in conversation["messages"][0]["content"].split("\n")))
 
     first, second = Counter(map(key, conversations[:count])), Counter(map(key, conversations[count:]))
     assert first == second and list(first) != list(second)
@@ -522,7 +524,7 @@ def test_dynamic_sampling_asks_again_for_what_taught_nothing_and_ends_at_its_bou
 
     sampler = Scripted(None, None, None, CPU, 2, 4)
     groups, place = sampler.sample_step(0, 4, 1.0, rounds=10)
-    assert asked == [[0, 1, 2, 3], [4, 5], [6], ] + [[7]][:len(asked) - 3] + asked[4:] and place == asked[-1][-1] + 1
+    assert asked == [[0, 1, 2, 3], [4, 5], [6, 7], [8], [9]] and place == 10  # every third teaches
     assert sum(group[0].rewards["correct"] for group in groups) == 4
     asked.clear()
     groups, place = sampler.sample_step(1, 2, 1.0, rounds=2)

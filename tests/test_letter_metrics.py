@@ -155,7 +155,7 @@ def test_two_ranks_together_are_one(tokenizer, rollouts):
 
 def test_a_task_without_letters_has_a_sequence_kl_only(tokenizer, rollouts):
     metrics = letter_metrics(make_model(tokenizer, 2), make_model(tokenizer, 3), tokenizer, [rollouts], [{"messages": []}], ALONE)
-    assert set(metrics) == {"entropy", "rl/kl_token_mean", "rl/kl_sequence_mean", "rl/kl_sequence_std"}
+    assert set(metrics) == {"entropy", "kl", "rl/kl_token_mean", "rl/kl_sequence_mean", "rl/kl_sequence_std"} and metrics["kl"] == metrics["rl/kl_token_mean"]
 
 
 def test_without_a_reference_what_needs_none_is_still_there(tokenizer, rollouts):

@@ -25,9 +25,9 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def logged(folder, stage, key):
+def logged(folder, stage, key, tag="d2"):
     """{step: value} of a metric in the run's JSONL."""
-    records = [json.loads(line) for line in (folder / "runs" / f"{stage}_d2.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "runs" / f"{stage}_{tag}.jsonl").read_text().splitlines()]
     return {record["step"]: record[key] for record in records if key in record}
 
 
@@ -130,23 +130,47 @@ def test_the_number_of_ranks_may_change_in_the_middle(walked, tmp_path):
             finish(start(folder, "mid", ranks=2))
 
 
+def test_one_grpo_step_on_two_ranks_is_that_step_in_one_process(walked, tmp_path):
+    """The same rollouts by their seeds, the same minibatches, updates and weights to 1e-6; and a run whose ranks often have no signal of
+    their own ends: all reach the same collectives."""
+    folder, alone = tmp_path / "two", tmp_path / "one"
+    for place, ranks in ((folder, 2), (alone, 1)):
+        shutil.copytree(walked, place)
+        finish(start(place, "grpo", "num_steps=1", ranks=ranks))
+    for key in ("num_tokens", "rl/acc", "train/rollouts", "train/updates", "rl/problems", "curriculum/level", "completions/max_length"):
+        assert logged(folder, "rl", key, "g2") == logged(alone, "rl", key, "g2"), key
+    assert logged(alone, "rl", "train/updates", "g2")[0] >= 2
+    mine, theirs = (checkpoint(place, "rl", 1, "g2") for place in (folder, alone))
+    start_of = checkpoint(walked, "sft")
+    assert any(not torch.equal(theirs[name], start_of[name]) for name in theirs)
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-6, msg=lambda text: f"{name}: {text}")
+    finish(start(folder, "grpo", "overwrite=True", "examples_per_step=2", "dynamic_sampling=False", ranks=2))
+    rollouts = logged(folder, "rl", "train/rollouts", "g2")
+    assert set(logged(folder, "rl", "rl/groups", "g2").values()) == {2} and (6 in rollouts.values() or len(rollouts) < 6)  # one group taught, or none
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_moments_never_changes_the_end(walked, tmp_path):
-    """20 kills over all stages; each time the stage is started again with --resume until it ends."""
+    """5 kills in base, mid and SFT, 10 in chat_rl and 10 in chat_grpo; each time the stage is started again with --resume until it ends. A
+    kill between sampling and the update, or between two inner epochs, is among them."""
     rng = random.Random(0)
     folder = tmp_path / "base"
     shutil.copytree(walked, folder)
-    for stage in pipeline.STAGES:
-        shutil.rmtree(folder / pipeline.FOLDERS[stage] / "d2")
+    for stage, kills in (("base", 5), ("mid", 5), ("sft", 5), ("rl", 10), ("grpo", 10)):
+        tag, room = ("g2", "rl") if stage == "grpo" else ("d2", stage)
+        place = folder / pipeline.FOLDERS[room] / tag
+        shutil.rmtree(place, ignore_errors=True)
         began = time.monotonic()
         finish(start(folder, stage))
-        whole_run = time.monotonic() - began
-        for _ in range(5):
-            shutil.rmtree(folder / pipeline.FOLDERS[stage] / "d2", ignore_errors=True)
+        whole_run, whole = time.monotonic() - began, checkpoint(folder, room, tag=tag)
+        assert stage == "grpo" or equal(whole, checkpoint(walked, stage))
+        for _ in range(kills):
+            shutil.rmtree(place, ignore_errors=True)
             process = start(folder, stage, "--resume")
             time.sleep(rng.uniform(0.3, 1.0) * whole_run)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
             finish(start(folder, stage, "--resume"))
-            assert equal(checkpoint(folder, stage), checkpoint(walked, stage)), stage
+            assert equal(checkpoint(folder, room, tag=tag), whole), stage
