@@ -565,7 +565,7 @@ def command(*flags):
 def test_an_evaluation_killed_by_signal_9_repeats_no_answer(base):
     flags = ("-a", "ALGEBRA", "-x", "60", "-b", "4", "--controls")
     with open(base / "log", "w") as log, subprocess.Popen(command(*flags), cwd=ROOT, stdout=log, stderr=log) as process:
-        partial, deadline = base / "eval" / "sft_d2_ALGEBRA_answers.rank0.partial", time.monotonic() + 300
+        partial, deadline = base / "eval" / "sft_d2_ALGEBRA_answers.rank0.partial", time.monotonic() + 600
         while (not partial.exists() or partial.read_text().count("\n\n") < 40) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()
