@@ -76,7 +76,7 @@ FAILURES = {  # name -> (faults, options, exit status, how many may have been la
     "garbage": ({"create": ["garbage"]}, {}, 1, 0),
     "too many requests": ({"market": [429], "create": [429], "list": [429], "terminate": [429]}, {}, 1, 1),
     "never online": ({}, {"starting": 10**9}, 1, 1),
-    "never known": ({}, {"unknown": 60}, 1, 1),
+    "never known": ({}, {"unknown": 30}, 1, 1),
     "fails": ({}, {"after": "failed"}, 1, 1),
     "no one answers ssh": ({}, {}, 1, 1),
     "strange address": ({}, {"ssh_command": "ssh -oProxyCommand=id x"}, 1, 1),

@@ -244,7 +244,7 @@ HERE = {  # name -> (faults, options of the cloud, exit status, how many may hav
     "lists fail": ({"list": [500, "drop", "garbage", 503]}, {}, 1, 1),
     "unhealthy": ({}, {"after": "unhealthy"}, 1, 1),
     "preempted": ({}, {"after": "preempted"}, 1, 1),
-    "never known": ({}, {"unknown": 60}, 1, 1),
+    "never known": ({}, {"unknown": 30}, 1, 1),
     "never active": ({}, {"booting": 10**9}, 1, 1),
     "no one answers ssh": ({}, {}, 1, 1),
 }

@@ -7,6 +7,7 @@ import ipaddress
 import re
 import shlex
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -56,7 +57,8 @@ class Machine:
 
     def run(self, script, *arguments, data=b"", timeout=120):
         """Run a bash script with arguments and stdin (bytes, or the path of a file) -> its stdout. Raises the exceptions above."""
-        remote = f"printf '%s\\n' {MARK}; exec bash -c {shlex.quote(script)} nanochat {' '.join(shlex.quote(str(one)) for one in arguments)}"
+        # --norc: under sshd even `bash -c` reads .bashrc, which may print
+        remote = f"printf '%s\\n' {MARK}; exec bash --norc -c {shlex.quote(script)} nanochat {' '.join(shlex.quote(str(one)) for one in arguments)}"
         command = self.command(remote, options=("-T", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"))
         if isinstance(data, Path):
             with open(data, "rb") as file:
@@ -79,13 +81,15 @@ class Machine:
         """(status, stdout, stderr). The child does not outlive this call, whatever ends it."""
         until = time.monotonic() + timeout
         child = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        if data is not None:  # by a thread: communicate() forgets what is left of its input when its timeout strikes
+            pipe, child.stdin = child.stdin, None
+            threading.Thread(target=feed, args=(pipe, data), daemon=True).start()
         try:
             while True:
                 try:
-                    out, error = child.communicate(data, timeout=0.2)
+                    out, error = child.communicate(timeout=0.2)
                     return child.returncode, out, error
                 except subprocess.TimeoutExpired:
-                    data = None  # what was given first is still on its way
                     self.signals.check()
                     if time.monotonic() > until:
                         raise ConnectionLost(f"no end after {timeout:.0f} s") from None
@@ -98,6 +102,14 @@ class Machine:
         """The line that shows the tmux session in a terminal."""
         tmux = ["tmux", *(["-L", tmux_socket] if tmux_socket else []), "attach", "-t", f"={session}"]
         return self.command(shlex.join(tmux), options=("-t",))
+
+
+def feed(pipe, data):
+    try:
+        with pipe:
+            pipe.write(data)
+    except OSError:
+        pass  # the child has ended; its status tells why
 
 
 def check_address(user, host, port):
