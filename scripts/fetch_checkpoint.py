@@ -80,7 +80,7 @@ def fetch(config):
 
 def choose(there, config):
     """The names of a repository's files -> (folder of the checkpoint in it, names of the files to fetch)."""
-    pattern = re.compile(rf"{FOLDERS[config.source]}/([\w.-]+)/meta_(\d{{6,}})\.json")
+    pattern = re.compile(rf"{FOLDERS[config.source]}/((?!\.)[\w.-]+)/meta_(\d{{6,}})\.json")
     found = [(match[1], int(match[2])) for match in map(pattern.fullmatch, there) if match]
     found = [(tag, step) for tag, step in found if config.model_tag in (None, tag) and config.step in (None, step)]
     if found:

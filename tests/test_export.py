@@ -40,6 +40,11 @@ def random_texts(count, seed):
     return ["".join(piece() for _ in range(draw.randrange(13))) for _ in range(count)]
 
 
+def is_markup(text):
+    """The two spellings of noncharacters that the chat template needs for itself: the only texts whose ids are not equal."""
+    return "<\ufdd0|" in text or "\ufdd2\ufdd2" in text
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(base directory, folder, model, tokenizer): a checkpoint of random weights and its export by the script."""
@@ -112,11 +117,11 @@ def test_ids_are_equal_on_ten_thousand_strings(exported, theirs):
     assert sum(any(name in text for name in SPECIAL_TOKENS) for text in texts) > 1_000
     ours = tokenizer.encode(texts)
     found = hf_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    removed = {place for place, text in enumerate(texts) if "<\ufdd0|" in text}  # the one spelling that the template needs for itself
-    assert len(removed) < 100
+    removed = {place for place, text in enumerate(texts) if is_markup(text)}
+    assert len(removed) < 200
     wrong = [(text, a, b) for place, (text, a, b) in enumerate(zip(texts, ours, found)) if a != b and place not in removed]
     assert not wrong, wrong[:3]
-    plain = [text for text in texts if not any(name in text for name in SPECIAL_TOKENS) and "<\ufdd0|" not in text]
+    plain = [text for text in texts if not any(name in text for name in SPECIAL_TOKENS) and not is_markup(text)]
     assert hf_tokenizer(plain)["input_ids"] == tokenizer.encode(plain)  # as anyone calls it
     assert hf_tokenizer.batch_decode(ours[:500]) == [tokenizer.decode(ids) for ids in ours[:500]]
 
@@ -133,7 +138,7 @@ def test_ids_are_equal_for_hostile_merges_and_other_patterns(pattern):
         theirs.encode_special_tokens = True
         texts = ["".join(draw.choices("ab", k=draw.randrange(1, 40))) for _ in range(400)] + random_texts(100, seed)
         for text in texts:
-            if "<\ufdd0|" not in text:
+            if not is_markup(text):
                 assert theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
 
 
@@ -171,6 +176,10 @@ def same_rendering(tokenizer, hf_tokenizer, conversation):
     assert prompt == tokenizer.render_for_completion(conversation), conversation
 
 
+REAL = {"AQUA": ("train", "aqua/train.jsonl"), "GSM8K": ("train", "gsm8k/train.jsonl"), "ARC-Challenge": ("test", "arc/arc_challenge_test.jsonl"),
+        "MMLU": ("validation", "mmlu/val.jsonl")}
+
+
 @pytest.mark.parametrize("name", task_names())
 def test_the_chat_template_gives_our_ids_and_our_mask_on_every_task(exported, theirs, tmp_path, name):
     try:
@@ -178,15 +187,15 @@ def test_the_chat_template_gives_our_ids_and_our_mask_on_every_task(exported, th
     except RuntimeError as error:  # a task that executes code, on a machine without a sandbox
         pytest.skip(str(error))
     conversations = [task[index] for index in range(min(6, len(task)))]
-    real = DATA / name.lower().partition("-")[0]
-    if real.is_dir() and name in ("AQUA", "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"):
-        task = get_task(name, split="test", data_dir=real)
+    split, real = REAL.get(name, (None, None))
+    if split and (DATA / real).is_file():
+        task = get_task(name, split=split, data_dir=(DATA / real).parent)
         conversations += [task[index] for index in range(0, len(task), max(1, len(task) // 15))]
     for conversation in conversations:
         same_rendering(exported[3], theirs[1], conversation)
 
 
-WORDS = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=6).map("".join).filter(lambda text: "<\ufdd0|" not in text)
+WORDS = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=6).map("".join).filter(lambda text: not is_markup(text) and not text.startswith("\ufdd2") and not text.endswith("\ufdd2"))
 PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": WORDS}), min_size=1, max_size=4)
 
 
@@ -338,7 +347,7 @@ def test_push_uploads_the_folder_privately_and_the_hub_accepts_the_card(exported
         assert error is None and "nothing was sent" in output and hub.requests == []
         error, _ = run(base, "scripts.export_to_hf", "-i", "rl", "--push", "me/tiny")
         assert error is None, error
-        assert hub.private == {"me/tiny": True} and hub.validated == [True] and hub.commits == [("me/tiny", "rl tiny, step 12")]
+        assert hub.private == {"me/tiny": True} and all(hub.validated) and hub.validated and hub.commits == [("me/tiny", "rl tiny, step 12")]
         (base / "report").mkdir(exist_ok=True)
         for name in ("report.md", "report.html"):
             (base / "report" / name).write_text("numbers")

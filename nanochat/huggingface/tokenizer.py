@@ -16,7 +16,8 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 GUARD = "\ufdd0"                # stands between "<" and "|" of a message's text
 BREAK = "\ufdd2\ufdd2"         # stands between two texts in a row
 SAME_BYTES = "\ufdd1"           # begins the name of a token whose bytes an earlier one has: no text can produce it
-NORMALIZER = {"type": "Replace", "pattern": {"String": f"<{GUARD}|"}, "content": "<|"}
+# takes out the guard alone: were "<|" put in place of all three, its token would lose its place in the text, and the assistant's mask with it
+NORMALIZER = {"type": "Replace", "pattern": {"Regex": f"(?<=<){GUARD}(?=\\|)"}, "content": ""}
 BREAK_SPLIT = {"type": "Split", "pattern": {"String": BREAK}, "behavior": "Removed", "invert": False}
 
 CHAT_TEMPLATE = """\
