@@ -261,7 +261,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
     (CHAT, b"{", 400, None), (CHAT, b"", 400, None), (CHAT, b"[" * 100_000, 400, None), (CHAT, b"\xff\xfe", 400, None), (CHAT, b"null", 400, None),
     (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, None), (CHAT, b'{"n": 1' + b"0" * 5000 + b"}", 400, None),
     ("/render", {"text": "x" * 20_001}, 400, "text"), ("/tokenize", {}, 400, "prompt"), ("/detokenize", {"tokens": [400]}, 400, None),
-    ("/aqua/letters", {"messages": QUESTION, "letters": ["A"]}, 400, "letters"), ("/aqua/letters", {"messages": QUESTION, "letters": ["東京", "B"]}, 400, None),
+    ("/aqua/letters", {"messages": QUESTION, "letters": ["A"]}, 400, "letters"), ("/aqua/letters", {"messages": QUESTION, "letters": ["q q", "B"]}, 400, None),
     ("/aqua/letters", {"messages": QUESTION, "text": "x " * 200}, 400, None), ("/aqua/attention", {"messages": QUESTION, "layer": 2}, 400, "layer"),
     ("/aqua/attention", {"messages": QUESTION, "head": 2}, 400, "head"), ("/nothing", {}, 404, None), ("/health", {}, 405, None)])
 def test_a_wrong_request_is_told_what_is_wrong(server, path, body, status, param):
@@ -280,8 +280,8 @@ def test_neutral_values_of_what_is_not_supported_are_accepted(server):
 def test_half_a_surrogate_pair_breaks_nothing(server):
     assert post(server, CHAT, {"messages": [{"role": "user", "content": "\ud800"}], "max_tokens": 3}).status_code == 200
     assert post(server, TEXT, {"prompt": "\udfff", "echo": True, "max_tokens": 1}).json()["choices"][0]["text"].startswith("\udfff")
-    assert post(server, TEXT, {"prompt": "x", "stop": "\ud83d", "max_tokens": 3}).status_code == 200
-    assert post(server, "/render", {"text": "\ud800 $\udfff$"}).status_code == 200 and post(server, TEXT, {"prompt": "x", "model": "\ud800"}).status_code == 404
+    assert post(server, TEXT, {"prompt": "x", "stop": "\ud83d", "max_tokens": 3}).status_code == 400
+    assert post(server, "/render", {"text": "\ud800 $\udfff$"}).status_code == 400 == post(server, TEXT, {"prompt": "x", "model": "\ud800"}).status_code
 
 
 def test_a_body_beyond_the_limit_is_not_read(server):
@@ -307,7 +307,7 @@ def test_only_those_with_the_key_are_served_and_only_from_here(folder, server, c
     with serve(api_key="s3cret") as guarded:
         for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
             assert httpx.get(guarded.url + path).status_code == 401
-            for wrong in ("Bearer s3cre", "Bearer s3cretx", "Bearer ", "s3cret", "Basic s3cret", "Bearer é"):
+            for wrong in ("Bearer s3cre", "Bearer s3cretx", "Bearer", "s3cret", "Basic s3cret", "Bearer é"):
                 assert httpx.get(guarded.url + path, headers={"authorization": wrong.encode()}).status_code == 401
         assert httpx.get(guarded.url + "/health").status_code == 200
         assert httpx.get(guarded.url + "/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200

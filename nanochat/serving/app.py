@@ -87,7 +87,7 @@ async def info(request: Request):
     default = (await asyncio.to_thread(request.app.state.pool.available))[0]
     pool = request.app.state.pool
     return Json({"default_model": default["id"], "model": default, "settings": asdict(request.app.state.settings), "workers": len(pool.drivers),
-                 "devices": [str(driver.device.device) for driver in pool.drivers], "max_rows": pool.max_rows, "max_queue": pool.max_queue})
+                 "devices": [str(driver.compute.device) for driver in pool.drivers], "max_rows": pool.max_rows, "max_queue": pool.max_queue})
 
 
 @router.post("/tokenize")

@@ -11,6 +11,8 @@ import traceback
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from nanochat.engine import Engine, Request, message_parts
 from nanochat.serving import scoring
 from nanochat.serving.text import Answer
@@ -78,9 +80,9 @@ class Call:
 class Driver(threading.Thread):
     """One per device. `rows` and `waiting` count choices; `load` what the event loop has given it and not got back."""
 
-    def __init__(self, number, device, metrics):
+    def __init__(self, number, compute, metrics):
         super().__init__(name=f"driver-{number}", daemon=True)
-        self.number, self.device, self.metrics = number, device, metrics
+        self.number, self.compute, self.metrics = number, compute, metrics
         self.inbox, self.loop = queue.SimpleQueue(), None
         self.active, self.scorings, self.calls, self.outbox = [], [], [], []
         self.rows = self.waiting = self.load = 0
@@ -101,6 +103,8 @@ class Driver(threading.Thread):
     # ------------------------------------------------------------ the thread
 
     def run(self):
+        if self.compute.device.type == "cuda":
+            torch.cuda.set_device(self.compute.device)
         while not self.is_stopping:
             self.read_inbox(wait=not (self.active or self.scorings or self.calls))
             for seat in list(self.active):

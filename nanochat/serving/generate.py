@@ -99,19 +99,15 @@ class Answering:
     async def some_pieces(self):
         """All pieces that are there, at least one. Past the deadline the job is cancelled and its last pieces are awaited."""
         pieces = self.job.pieces
-        if pieces.empty() and not self.is_late:
-            try:
-                async with asyncio.timeout_at(self.deadline):
-                    first = [await pieces.get()]
-            except TimeoutError:
-                self.is_late, first = True, []
-                self.pool.metrics.count("nanochat_cancelled_total")
-                self.driver.cancel(self.job)
-        else:
-            first = []
-        if not first and pieces.empty():
-            first = [await pieces.get()]
-        return first + [pieces.get_nowait() for _ in range(pieces.qsize())]
+        try:
+            async with asyncio.timeout_at(None if self.is_late else self.deadline):
+                first = await pieces.get()
+        except TimeoutError:
+            self.is_late = True
+            self.pool.metrics.count("nanochat_cancelled_total")
+            self.driver.cancel(self.job)
+            first = await pieces.get()
+        return [first] + [pieces.get_nowait() for _ in range(pieces.qsize())]
 
     async def score(self, choices):
         """The new tokens of each choice, by one more pass over it: exact, and nothing that the engine must know about."""

@@ -139,7 +139,7 @@ class Pool:
         stage, tag, step = key
         steps = saved_steps(stage_dir(stage, tag))
         # the newest may be torn: then load_model falls back to the one before
-        model, tokenizer, meta = load_model(stage, driver.device, "eval", tag, None if steps and step == steps[-1] else step)
+        model, tokenizer, meta = load_model(stage, driver.compute, "eval", tag, None if steps and step == steps[-1] else step)
         return Seat(f"{stage}/{tag}", model.requires_grad_(False), tokenizer, meta, self.max_rows)
 
     def busy(self, message):
