@@ -94,7 +94,7 @@ def read_turn(turn):
 
 # other ways to mark what <think> marks; the solution's marks say nothing once the trace is marked
 SPELLINGS = (("<|begin_of_thought|>", "<think>"), ("<|end_of_thought|>", "</think>"), ("<|begin_of_solution|>", ""), ("<|end_of_solution|>", ""))
-FINAL_TAG = re.compile(r"<final>(.*?)</final>", re.DOTALL | re.IGNORECASE)
+FINAL_TAG = re.compile(r"<(/?)final>", re.IGNORECASE)
 FINAL_MARKS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in
                     (r"\bfinal answer(?:\*\*)?:", r"\bfinal(?:\*\*)?:", r"\banswer(?:\*\*)?:", r"####"))
 
@@ -125,9 +125,14 @@ def final_answer(text):
     if parts is None:
         return None
     answer = parts[1]
-    tagged = FINAL_TAG.findall(answer)
-    if tagged:
-        answer = tagged[-1]
+    tagged, start = None, None
+    for tag in FINAL_TAG.finditer(answer):              # not <final>(.*?)</final>, which is quadratic in tags that never close
+        if tag[1] and start is not None:
+            tagged, start = answer[start:tag.start()], None
+        elif not tag[1] and start is None:
+            start = tag.end()
+    if tagged is not None:
+        answer = tagged
     else:
         for mark in FINAL_MARKS:
             found = list(mark.finditer(answer))
