@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,9 +20,8 @@ from nanochat.common import base_dir, compute_cleanup, compute_init, print0, wri
 from nanochat.configurator import config_dict, parse
 from nanochat.engine import Engine, Request
 from nanochat.interpretability.attention_metrics import flatten, measure_attention
-from nanochat.interpretability.capture import Capture
 from nanochat.interpretability.logit_lens import LENS_HEAD, lens_metrics, lens_rows_of_table, lens_verdict, logit_lens
-from nanochat.interpretability.plots import plot_heads, plot_lens, save_attention_pictures, write_treescope
+from nanochat.interpretability.plots import plot_heads, plot_lens, save_attention_pictures, write_attention_page, write_treescope
 from nanochat.report import add_section, markdown_table
 from nanochat.rl.letter_metrics import decision_point
 from tasks.common import get_task
@@ -107,7 +105,7 @@ def main(config):
         of_problem = folder / f"problem_{place:04d}"
         save_attention_pictures(model, tokenizer, sequences[place], prompt_lengths[place], of_problem, layers)
         if with_html:
-            write_treescope(arrays(model, sequences[place], prompt_lengths[place], layers), of_problem / "attention.html")
+            write_attention_page(model, tokenizer, sequences[place], prompt_lengths[place], of_problem / "attention.html", layers)
     if with_html:
         write_treescope(model, folder / "model.html")
     write_atomic(folder / "look.json", json.dumps({"what": what, "config": config_dict(config), "metrics": metrics}, indent=1))
@@ -132,14 +130,6 @@ def answers(model, tokenizer, conversations, config):
         sequences.append(prompt + completion.tokens)
         points.append(None if point is None else len(prompt) - 1 + point)
     return sequences, list(map(len, prompts)), points
-
-
-@torch.no_grad()
-def arrays(model, sequence, prompt_length, layers):
-    """{"layer 0": (H, Q, T), ...}: the attention of the completion's queries, for treescope."""
-    with Capture(model, layers) as seen:
-        model.hidden(torch.tensor([sequence], device=model.device))
-    return {f"layer {layer} (head, query, key)": seen.attention(layer, prompt_length - 1)[0].cpu() for layer in seen.layers}
 
 
 def show(title, columns, rows):

@@ -48,7 +48,8 @@ def main(config):
         return
     groups = chosen_groups(steps[step], config.group, step)
     if config.explain:
-        return explain(config, console, path, header, step, groups)
+        temperature = metrics.get(step, {}).get("rl/temperature") or header["config"].get("temperature", 1.0)
+        return explain(config, console, path, header, step, groups, temperature)
     console.print(Text(f"{path.stem}, step {step}: {len(groups)} of {len(steps[step])} logged groups; steps with rollouts: {', '.join(map(str, steps))}"))
     for number, group in enumerate(groups):
         console.print(Group(*group_view(group, number)))
@@ -165,7 +166,7 @@ def cell(rollout):
 # ---------------------------------------------------------------------------------------------------------------------
 # An update, explained
 
-def explain(config, console, path, header, step, groups):
+def explain(config, console, path, header, step, groups, temperature):
     """Score the step's completions under the checkpoints around it; print the tokens coloured, and write the same as HTML."""
     if not all(rollout.prompt and rollout.tokens for group in groups for rollout in group):
         raise ValueError(f"step {step} of {path.name} holds no token ids (0 'rollout_tokens'): it was written by an older chat_rl, and text encoded again "
@@ -176,11 +177,12 @@ def explain(config, console, path, header, step, groups):
     for stage, tag, saved in (before, after):
         model, tokenizer, _ = load_model(stage, compute, "eval", tag, saved)
         models.append(model)
-    temperature = header["config"].get("temperature", 1.0)
     explained = [explain_update(*models, tokenizer, group, temperature, config.device_batch_size) for group in groups]
     flat = [[one for part in parts for one in part] for parts in (groups, explained)]
     total = summarize_update(*flat)
     facts = [("before", place(before)), ("after", place(after)), *summary_lines(total, sampler_difference(*flat))]
+    html = config.html or base_dir() / "runs" / f"{path.stem}_explained" / f"step_{step:06d}.html"
+    write_atomic(html, update_page(f"{path.stem}: what the update around step {step} did", facts, list(zip(groups, explained))))
     console.print(Text(f"{path.stem}, step {step}, explained", style="bold"))
     for name, value in facts:
         console.print(Text(f"{name}: {value}"))
@@ -192,8 +194,6 @@ def explain(config, console, path, header, step, groups):
             console.print(Text(f"\nletter {rollout.letter or 'none'}, reward {rollout.reward:g}, advantage {rollout.advantage:+.3f}, summed value "
                                f"{sum(change.value for change in one):+.4f}", style=sign_style(rollout.advantage)))
             console.print(update_text(one, full))
-    html = config.html or base_dir() / "runs" / f"{path.stem}_explained" / f"step_{step:06d}.html"
-    write_atomic(html, update_page(f"{path.stem}: what the update around step {step} did", facts, list(zip(groups, explained))))
     console.print(Text(f"\n{html} written"), soft_wrap=True)
     compute_cleanup()
     return total

@@ -1,6 +1,5 @@
 """look_inside writes numbers and pictures of the real model, and the model answers as it would unwatched."""
 import json
-import sys
 
 import pytest
 import torch
@@ -8,7 +7,8 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.interpretability.plots import write_treescope
+from nanochat.interpretability.plots import write_attention_page, write_treescope
+from nanochat.tokenizer import Tokenizer
 from scripts import look_inside
 from tasks.common import get_task
 from tests import pipeline
@@ -80,17 +80,17 @@ def test_without_treescope_there_are_pictures_and_a_hint(trained, capsys, monkey
     assert "pip install treescope" in capsys.readouterr().out and not list((trained / "interpretability").rglob("*.html"))
 
 
-def test_treescope_shows_module_tree_and_arrays_without_the_network(tmp_path):
+def test_treescope_shows_module_tree_and_attention_without_the_network(tmp_path):
     pytest.importorskip("treescope")
-    model = GPT(GPTConfig(sequence_len=32, vocab_size=96, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    tokenizer = Tokenizer.train(["one two three <four> & five"] * 9, 290)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
     model.init_weights()
-    inputs, weights = torch.arange(9)[None], {name: weight.clone() for name, weight in model.named_parameters()}
-    before = model(inputs)
+    sequence, weights = tokenizer.encode("one two three <four> & five </script>"), {name: weight.clone() for name, weight in model.named_parameters()}
+    before = model(torch.tensor([sequence]))
     write_treescope(model, tmp_path / "model.html")
-    write_treescope(look_inside.arrays(model, list(range(9)), 4, None), tmp_path / "attention.html")
-    page = (tmp_path / "model.html").read_text(encoding="utf-8")
-    assert "treescope" in page and "c_proj" in page and "<script src" not in page and "<link" not in page
-    assert torch.equal(before, model(inputs)) and all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
-    arrays = look_inside.arrays(model, list(range(9)), 4, [1])
-    assert list(arrays) == ["layer 1 (head, query, key)"] and arrays["layer 1 (head, query, key)"].shape == (2, 6, 9)
-    assert "treescope" in sys.modules
+    write_attention_page(model, tokenizer, sequence, 4, tmp_path / "attention.html", [1])
+    tree, attention = ((tmp_path / name).read_text(encoding="utf-8") for name in ("model.html", "attention.html"))
+    assert "c_proj" in tree and "Layer 1, weights up to" in attention and "Layer 0" not in attention
+    for page in (tree, attention):
+        assert "<script src" not in page and "<link" not in page and len(page) > 20_000
+    assert torch.equal(before, model(torch.tensor([sequence]))) and all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())

@@ -5,6 +5,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
@@ -173,9 +174,34 @@ def save(figure, path):
 
 def write_treescope(value, path):
     """A tensor, a module, or a dict of them -> one self-contained HTML file to click through (treescope, Google DeepMind)."""
+    treescope = import_treescope(path)
+    with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+        write_atomic(path, treescope.render_to_html(value))
+
+
+@torch.no_grad()
+def write_attention_page(model, tokenizer, sequence, prompt_length, path, layers=None):
+    """One sequence (prompt and completion) -> one self-contained HTML file with an array per layer, (head, query) down and key across: point at
+    a cell for its tokens and its weight."""
+    treescope = import_treescope(path)
+    with Capture(model, layers) as seen:
+        model.hidden(torch.tensor([sequence], device=model.device))
+    labels, first_query = token_labels(tokenizer, sequence), prompt_length - 1
+    queries = [f"{labels[t]}→{labels[t + 1]}" for t in range(first_query, len(sequence) - 1)]
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Attention</title><body style='font: 14px system-ui, sans-serif; margin: 1.5rem'>"
+             "<p>Where each head looks while the completion is written: a row for each token read → token predicted, a column for each token it could look at.</p>"]
+    for layer in seen.layers:
+        weights = seen.attention(layer, first_query)[0, :, :-1, :-1].cpu().numpy()  # (H, Q, T - 1)
+        seen_by = np.broadcast_to(np.tri(len(sequence) - 1, dtype=bool)[first_query:], weights.shape)  # the future is crossed out
+        figure = treescope.render_array(weights, rows=(1, 0), columns=(2,), valid_mask=seen_by, vmin=0.0, vmax=float(weights.max()), around_zero=False,
+                                        maximum_size=10**6, cutoff_size_per_axis=2048, axis_labels={0: "head", 1: "query", 2: "key"}, axis_item_labels={1: queries, 2: labels[:-1]})
+        parts.append(f"<h3>Layer {layer}, weights up to {weights.max():.2f}</h3>{figure._repr_html_()}")
+    write_atomic(path, "".join(parts))
+
+
+def import_treescope(path):
     try:
         import treescope
     except ImportError as error:
         raise ValueError(f"treescope is not installed, so {path} cannot be written: pip install treescope, or use the PNG pictures") from error
-    with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
-        write_atomic(path, treescope.render_to_html(value))
+    return treescope
