@@ -136,13 +136,12 @@ def verdict(metrics):
                          "there is nothing that reasoning could explain")
     lost = conditions[NONE]["against_own"]
     if is_worse(lost):
-        sentences.append(f"The reasoning matters: without it accuracy falls by {points(lost)}")
+        sentences.append(f"The reasoning matters: without it accuracy changes by {points(lost)}")
         enough = [share for share in SHARES if not is_worse(conditions[f"own {share} %"]["against_own"])]
         sentences.append(f"The first {min(enough)} % of the rationale do as well as all of it" if enough else
                          f"Even its first {SHARES[0]} % fall short by {points(conditions[f'own {SHARES[0]} %']['against_own'])}: the end is needed")
     elif own["ci_low"] > blind:
-        sentences.append("No evidence that the reasoning matters: forced to answer at once the model differs by "
-                         f"{points(lost)} ({'better' if lost['difference'] > 0 else 'no worse'} beyond noise: {'yes' if lost['p'] <= NOISE else 'no'})")
+        sentences.append(f"No evidence that the reasoning matters: forced to answer at once the model's accuracy changes by {points(lost)}")
     if OTHER in conditions:
         other = conditions[OTHER]["against_own"]
         said = f"another problem's rationale changes accuracy by {points(other)}"

@@ -105,7 +105,7 @@ def test_a_model_that_copies_its_rationale_s_letter_is_found_out(run):
     assert accuracy["none"] == accuracy["own but the last line"] == accuracy["own 25 %"] == accuracy["own 50 %"] == always_a
     assert metrics["carried_over"]["share"] == 1.0 and accuracy["another's"] < 0.6
     text = said(metrics)
-    assert "The reasoning matters: without it accuracy falls by" in text and "Even its first 75 % fall short" in text and "Its content is read" in text
+    assert "The reasoning matters: without it accuracy changes by" in text and "Even its first 75 % fall short" in text and "Its content is read" in text
     assert "the answer was this letter in 100.00 %" in text
 
 
