@@ -1,4 +1,4 @@
-"""What watching costs: a forward pass plain, under hooks, and with all attention metrics; and beside an RL step's gradient.
+"""What watching costs: a forward pass plain, under hooks, and with all attention metrics; and beside an RL step's gradient, letters and lens included.
 
     python dev/bench/interpretability.py                 # depth 4, width 256; --device_type=cuda --depth=12 --n_embd=768 on a GPU
 
@@ -18,8 +18,9 @@ from nanochat.common import compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
 from nanochat.gpt import GPT, config_from_depth  # noqa: E402
 from nanochat.interpretability.attention_metrics import measure_overhead  # noqa: E402
+from nanochat.interpretability.logit_lens import lens_of_rollouts  # noqa: E402
 from nanochat.rl.algorithm import reinforce_loss  # noqa: E402
-from nanochat.rl.letter_metrics import letter_metrics  # noqa: E402
+from nanochat.rl.letter_metrics import decision_point, letter_ids, letter_metrics  # noqa: E402
 from nanochat.rl.rollout import Rollout, make_batches  # noqa: E402
 from nanochat.tokenizer import Tokenizer  # noqa: E402
 from tasks.common import get_task, message_text  # noqa: E402
@@ -67,17 +68,23 @@ def main(config):
     seconds["gradient_s"] = least(gradient, compute, config.repeats)
     seconds["letters_s"] = least(lambda: letter_metrics(model, reference, tokenizer, groups, conversations, compute, config.device_batch_size),
                                  compute, config.repeats)
-    plain, hooked, metrics, step, letters = (seconds[name] for name in ("plain_s", "hooked_s", "metrics_s", "gradient_s", "letters_s"))
+    of_letters = dict(zip("ABCDE", letter_ids(tokenizer, "ABCDE")))
+    of_watched = [conversation for conversation in conversations for _ in range(config.num_samples)][:config.watched]
+    seconds["lens_s"] = least(lambda: lens_of_rollouts(model, watched, of_watched, lambda one: decision_point(tokenizer, one.tokens, one.mask), of_letters,
+                                                       config.device_batch_size), compute, config.repeats)
+    plain, hooked, metrics, step, letters, lens = (seconds[name] for name in ("plain_s", "hooked_s", "metrics_s", "gradient_s", "letters_s", "lens_s"))
     shares = {"hooks_on_a_forward": hooked / plain - 1, "metrics_on_a_forward": metrics / plain - 1,
-              "attention_of_training": metrics / (config.every * step), "letters_of_training": letters / (config.every * step)}
+              "attention_of_training": metrics / (config.every * step), "letters_of_training": letters / (config.every * step),
+              "lens_of_training": lens / (config.every * step)}
     print(f"{compute.device} {compute.dtype}: {len(watched)} rows of {max(len(r.prompt) + len(r.tokens) for r in watched)} tokens")
     print(f"forward pass        {1000 * plain:9.2f} ms")
     print(f"  under hooks       {1000 * hooked:9.2f} ms  {100 * shares['hooks_on_a_forward']:+.1f} %")
     print(f"  all metrics       {1000 * metrics:9.2f} ms  {100 * shares['metrics_on_a_forward']:+.1f} %")
     print(f"gradient of a step  {1000 * step:9.2f} ms  ({len(rollouts)} rows)")
     print(f"letter telemetry    {1000 * letters:9.2f} ms  ({len(rollouts)} rows, policy and reference)")
-    print(f"every {config.every} steps: attention {100 * shares['attention_of_training']:.2f} %, letters "
-          f"{100 * shares['letters_of_training']:.2f} % of the gradients' time; every step {100 * metrics / step:.1f} % and {100 * letters / step:.1f} %")
+    print(f"logit lens          {1000 * lens:9.2f} ms  ({len(watched)} rows)")
+    print(f"every {config.every} steps: attention {100 * shares['attention_of_training']:.2f} %, letters {100 * shares['letters_of_training']:.2f} %, lens "
+          f"{100 * shares['lens_of_training']:.2f} % of the gradients' time; every step {100 * metrics / step:.1f} %, {100 * letters / step:.1f} % and {100 * lens / step:.1f} %")
     print(json.dumps({"bench": "interpretability", "device": str(compute.device), "dtype": str(compute.dtype), "depth": config.depth,
                       "n_embd": config.n_embd, "vocab_size": config.vocab_size, "rows": len(watched), "every": config.every, **seconds, **shares}))
 
