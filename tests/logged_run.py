@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def main():
-    """base, sft, rl and grpo, with all telemetry at every step."""
-    watching = {"run": "names", "max_new_tokens": 24, "eval_every": 1, "eval_samples": 4, "kl_every": 1, "attn_every": 1, "rollouts_every": 1}
+    """base, sft, rl and grpo, with all telemetry at every step. SFT goes on until some answers are right by chance: without them RL has no gradient
+    to log."""
+    watching = {"run": "names", "max_new_tokens": 32, "examples_per_step": 8, "num_samples": 8, "eval_every": 1, "eval_samples": 4, "kl_every": 1, "attn_every": 1, "rollouts_every": 1}
     pipeline.run_stage("base", num_iterations=4, run="names")
-    pipeline.run_stage("sft", source="base", num_iterations=4, run="names")
+    pipeline.run_stage("sft", source="base", num_iterations=60, eval_every=-1, eval_metrics_every=-1, save_every=-1, run="names")
     pipeline.run_stage("rl", max_steps=2, **watching)
     pipeline.run_stage("grpo", num_steps=2, **watching)
 
@@ -36,7 +37,8 @@ def logged_run(prepared, folder):
 
 
 def read_wandb(path):
-    """An offline run's .wandb file -> (its config's keys, {metric: [values as JSON texts]}). LevelDB's log: after a header of 7 bytes, blocks of
+    """An offline run's .wandb file -> (its config's keys, {metric: [values as JSON texts]}; a table's or picture's
+    values are its parts). LevelDB's log: after a header of 7 bytes, blocks of
     32 KiB, in them chunks of checksum (4 bytes), length (2), kind (1: whole, 2, 3, 4: first, middle, last part) and data, which is a Record."""
     from wandb.proto.wandb_internal_pb2 import Record
     data, position, parts, config, history = path.read_bytes(), 7, b"", set(), {}
@@ -54,7 +56,7 @@ def read_wandb(path):
             parts = b""
             config |= {item.key for item in record.config.update} | {item.key for item in record.run.config.update}
             for item in record.history.item:
-                history.setdefault(item.key or ".".join(item.nested_key), []).append(item.value_json)
+                history.setdefault(item.key or item.nested_key[0], []).append(item.value_json)
     return config, history
 
 
