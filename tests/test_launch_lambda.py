@@ -164,17 +164,17 @@ def send_a_signal(number):
 THERE = {  # name -> (changes of the config, what happens when training runs, exit status, a word of the output)
     "the run fails": ({"env": ("EXIT=7",)}, None, 7, "ended with status 7"),
     "the run fails before any training line": ({"env": ("EXIT=9", "SILENT=1")}, None, 9, "no training line"),
-    "the window is killed": ({"env": ("PAUSE=30",)}, kill_the_window, 1, "has vanished"),
-    "another host key": ({"env": ("PAUSE=30",)}, change_the_host_key, 1, "another host key"),
-    "the network is cut": ({"env": ("PAUSE=30",)}, cut_the_network, 1, "no connection to the machine"),
-    "preempted": ({"env": ("PAUSE=30",)}, preempt, 1, "is preempted"),
-    "deadline": ({"env": ("PAUSE=30",), "max_hours": 0.04}, None, 1, "deadline"),
-    "idle": ({"env": ("PAUSE=30",), "idle_minutes": 1}, None, 1, "idle for"),
-    "no training line": ({"env": ("SILENT=1", "PAUSE=30"), "start_minutes": 1.5}, None, 1, "no training line within"),
+    "the window is killed": ({"env": ("PAUSE=300",)}, kill_the_window, 1, "has vanished"),
+    "another host key": ({"env": ("PAUSE=300",)}, change_the_host_key, 1, "another host key"),
+    "the network is cut": ({"env": ("PAUSE=300",)}, cut_the_network, 1, "no connection to the machine"),
+    "preempted": ({"env": ("PAUSE=300",)}, preempt, 1, "is preempted"),
+    "deadline": ({"env": ("PAUSE=300",), "max_hours": 0.04}, None, 1, "deadline"),
+    "idle": ({"env": ("PAUSE=300",), "idle_minutes": 1}, None, 1, "idle for"),
+    "no training line": ({"env": ("SILENT=1", "PAUSE=300"), "start_minutes": 1.5}, None, 1, "no training line within"),
     "no such script": ({"repo_url": "HERE", "run_script": "other.sh"}, None, 1, "does not exist"),
     "no such branch": ({"repo_url": "HERE", "branch": "nowhere"}, None, 1, "could not clone"),
-    "terminal closed": ({"env": ("PAUSE=30",)}, send_a_signal(signal.SIGHUP), 129, "interrupted by SIGHUP"),
-    "Ctrl-C": ({"env": ("PAUSE=30",)}, send_a_signal(signal.SIGINT), 130, "interrupted by SIGINT"),
+    "terminal closed": ({"env": ("PAUSE=300",)}, send_a_signal(signal.SIGHUP), 129, "interrupted by SIGHUP"),
+    "Ctrl-C": ({"env": ("PAUSE=300",)}, send_a_signal(signal.SIGINT), 130, "interrupted by SIGINT"),
 }
 
 
@@ -203,7 +203,7 @@ def test_an_instance_is_terminated_when(failure, here, cloud, machine, capsys, m
 def test_an_instance_that_vanished_is_not_waited_for(here, cloud, machine, capsys, monkeypatch):
     plain = session.say
     monkeypatch.setattr(session, "say", lambda text="": (plain(text), text.startswith("TRAINING RUNS") and lose_the_instance(cloud, machine)))
-    assert launch_lambda_training.main(config_for(cloud, machine, auto_start=True, env=("PAUSE=30",), artifacts="none")) == 1
+    assert launch_lambda_training.main(config_for(cloud, machine, auto_start=True, env=("PAUSE=300",), artifacts="none")) == 1
     assert "is no longer in lambda's list" in capsys.readouterr().out
 
 
@@ -306,6 +306,7 @@ def test_an_orphan_of_a_killed_launcher_is_found_by_its_name(here, cloud, capsys
     assert launch_lambda_training.main(config_for(cloud, status=True)) == 0
 
 
+@needs_sshd
 def test_a_second_instance_under_our_name_is_terminated_too(here, cloud, machine, monkeypatch):
     plain = session.say
 
@@ -359,17 +360,17 @@ def interrupt_after(delay, here, machine, signals, terminate_works=True):
     with FakeLambda(unknown=2) as cloud:
         if not terminate_works:
             cloud.faults["terminate"] = [500] * 10_000
-        config = config_for(cloud, machine, auto_start=True, env=("PAUSE=30",), artifacts="report", terminate_minutes=10 if terminate_works else 0.7)
+        config = config_for(cloud, machine, auto_start=True, env=("PAUSE=300",), artifacts="report", terminate_minutes=10 if terminate_works else 0.7)
         child = context.Process(target=run_in_child, args=(config, str(shipping.ROOT), str(here / "base"), str(output)))
         child.start()
         began = time.monotonic()
-        while "its record" not in output.read_text() and time.monotonic() - began < 60 and child.is_alive():
+        while "its record" not in output.read_text() and time.monotonic() - began < 300 and child.is_alive():
             time.sleep(0.01)
         time.sleep(delay)
         for number in signals:
             os.kill(child.pid, number)
             time.sleep(0.05)
-        child.join(60)
+        child.join(300)
         if child.is_alive():
             child.kill()
         assert child.exitcode is not None, output.read_text()

@@ -18,6 +18,7 @@ from nanochat.cloud.ssh import ConnectionLost, HostKeyChanged, Machine, NotAllow
 LEFT_BEHIND = 3           # exit status when an instance may still be billing
 UNKNOWN_SECONDS = 180     # so long may the API not know an instance that it has just rented out
 NEVER_LISTED_SECONDS = 3600  # after that an id that was never in the list is taken for dead
+LOOKS = 6                 # that often at least is the list read before "it is not there" is believed
 REFUSING_SECONDS = 240    # so long may a booting machine refuse our key
 
 
@@ -151,16 +152,15 @@ def rent(job, offer):
 
 def find_rented(job):
     """Look in the cloud's list for an instance of ours until it is certain enough that there is none -> its id or ""."""
-    until = job.signals.deadline(job.config.settle_seconds)
-    while True:
-        mine = ours(job, job.cloud.instances())
+    until, looks = job.signals.deadline(job.config.settle_seconds), 0
+    while looks < LOOKS or time.monotonic() < until:
+        mine, looks = ours(job, job.cloud.instances()), looks + 1
         if mine:
             for extra in mine[1:]:
                 job.cloud.terminate(extra.id)
             return mine[0].id
-        if time.monotonic() >= until:
-            return ""
         job.signals.sleep(min(5, job.config.settle_seconds / 5))
+    return ""
 
 
 def ours(job, listed):
@@ -256,13 +256,14 @@ def end(job):
         return True
     signals.tolerate(2)
     until, problem, confirmed, seen = signals.deadline(60 * config.terminate_minutes), "", set(), {record.id} - {""}
+    looks = 0
     say(f"terminating {record.id or record.name}")
     quietly(record.save, state="ending")
     settle = (time.time() if record.doubt and not record.id else record.requested_at) + config.settle_seconds * signals.scale
     try:
         while time.monotonic() < until:
             try:
-                listed = ours(job, cloud.instances())
+                listed, looks = ours(job, cloud.instances()), looks + 1
                 alive, over = ({instance.id for instance in listed if instance.is_over is ended} for ended in (False, True))
                 seen |= alive | over
                 for id in sorted(alive | seen - confirmed - over):
@@ -270,7 +271,7 @@ def end(job):
                         confirmed.add(id)
                 certain = seen and seen <= confirmed | over and not record.doubt
                 enough = settle if record.seen or not record.id else record.requested_at + NEVER_LISTED_SECONDS
-                if not alive and (certain or time.time() >= enough):
+                if not alive and (certain or looks >= LOOKS and time.time() >= enough):
                     quietly(record.save, state="terminated", ended_at=time.time())
                     say(f"terminated, verified in {cloud.name}'s list: {', '.join(sorted(seen)) or 'nothing was rented'}; it cost about {dollars(record.cost)}")
                     return True
