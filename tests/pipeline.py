@@ -32,6 +32,7 @@ def stage_config(stage, **changes):
         "grpo": lambda: chat_grpo.Config(tasks="ALGEBRA:2,AQUA:1", num_steps=6, examples_per_step=6, num_samples=6, max_new_tokens=16, device_batch_size=4,
                                          eval_every=6, eval_examples=4, output_tag="g2", preflight=-1, curriculum=True, curriculum_accuracy=0.02,
                                          curriculum_window=4, dynamic_sampling=True, dynamic_rounds=3, grpo_epochs=2, minibatches=2, kl_coef=0.02, kl_every=2,
+                                         attn_every=-1,
                                          temp_schedule="linear", temp_end=0.8, length_penalty_mode="linear", length_penalty_target=8, **tiny),
     }
     return dataclasses.replace(configs[stage](), **changes)
