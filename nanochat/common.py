@@ -14,7 +14,8 @@ def env(name, default=None):
     """The value of an environment variable, or `default` where it is unset or empty: places and secrets only, never hyperparameters.
 
     Read by this project: NANOCHAT_BASE_DIR, NANOCHAT_DATA_DIR, NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, HF_TOKEN, HF_ENDPOINT,
-    WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_API_KEY, NANOCHAT_TEST_DATA, NANOCHAT_PEER_RUSTBPE, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
+    WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_API_KEY, LAMBDA_API_KEY, HYPERBOLIC_API_KEY, HYPERBOLIC_REGION, HYPERBOLIC_MAX_PRICE,
+    NANOCHAT_TEST_DATA, NANOCHAT_PEER_RUSTBPE, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
     TORCHELASTIC_RESTART_COUNT.
     """
     return os.environ.get(name) or default

@@ -304,6 +304,12 @@ def test_an_orphan_of_a_killed_launcher_is_found_by_its_name(here, cloud, capsys
     assert launch_lambda_training.main(config_for(cloud, terminate="all")) == 0
     assert cloud.terminated == cloud.launched[:1]  # the colleague's goes on
     assert launch_lambda_training.main(config_for(cloud, status=True)) == 0
+    # a request of a minute ago that the list does not show yet is no proof of anything
+    ledger.new_record("lambda", cloud.url, "young").save(state="requesting", pid=2**22 - 1)
+    assert launch_lambda_training.main(config_for(cloud, status=True)) == 3
+    ledger.new_record("lambda", cloud.url, "old").save(state="requesting", pid=2**22 - 1, requested_at=time.time() - 7200)
+    assert launch_lambda_training.main(config_for(cloud, status=True)) == 3
+    assert [record.state for record in records()] == ["terminated", "terminated", "requesting"]
 
 
 @needs_sshd

@@ -128,15 +128,16 @@ def show_status(cloud, config, signals):
         known |= {instance.id for instance in mine}
         alive = [instance for instance in mine if not instance.is_over]
         watched = is_watched(record)
-        if not alive and record.is_open and not watched and time.time() - record.requested_at > config.settle_seconds:
+        hours = (time.time() - record.requested_at) / 3600
+        if not alive and record.is_open and not watched and (record.seen or 3600 * hours > launch.NEVER_LISTED_SECONDS):
             record.save(state="terminated", ended_at=time.time(), note="it was not in the cloud's list")
-        if not alive and not (record.is_open and watched):
+        if not alive and not record.is_open:
             continue
         if alive and not record.id and not watched:
             record.save(id=alive[0].id, state="rented")
-        status = ", ".join(f"{instance.id} {instance.status}" for instance in alive) or record.state
-        say(f"{record.name}: {status}, {record.kind} {record.region}, {(time.time() - record.requested_at) / 3600:.2f} h, about {dollars(record.cost)} "
-            f"at {dollars(record.cents_per_hour)} an hour, " + (f"watched by process {record.pid}" if watched else "detached" if record.state == "detached" else "ORPHAN: nobody watches it"))
+        status = ", ".join(f"{instance.id} {instance.status}" for instance in alive) or f"{record.state}, not in the list so far"
+        watcher = f"watched by process {record.pid}" if watched else "detached" if record.state == "detached" else "ORPHAN: nobody watches it"
+        say(f"{record.name}: {status}, {record.kind} {record.region}, {hours:.2f} h, about {dollars(record.cost)} at {dollars(record.cents_per_hour)} an hour, {watcher}")
         if not watched:
             orphans += record.state != "detached"
             for flag in ("--terminate", "--watch"):
@@ -145,7 +146,7 @@ def show_status(cloud, config, signals):
         if instance.id not in known and not instance.is_over:
             price = "" if instance.cents_per_hour is None else f", {dollars(instance.cents_per_hour)} an hour"
             say(f"{instance.id}: {instance.status}, {instance.name} {instance.kind}{price}, not rented from here")
-    if not known and not any(not instance.is_over for instance in listed):
+    if not orphans and all(instance.is_over for instance in listed):
         say(f"nothing is running at {cloud.name}")
     return launch.LEFT_BEHIND if orphans else 0
 

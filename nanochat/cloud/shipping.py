@@ -41,7 +41,8 @@ def pack(target, commit="", root=None):
                  if name and (root / name).is_symlink() or (root / name).is_file()]
         sizes = sorted(((root / name).lstat().st_size, name) for name in names)
         if sum(size for size, _ in sizes) > MAX_BYTES:
-            raise ValueError(f"the working tree is {sum(size for size, _ in sizes) / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f} MB; largest: "
+            megabytes = sum(size for size, _ in sizes) / 1e6
+            raise ValueError(f"the working tree is {megabytes:.0f} MB, more than {MAX_BYTES / 1e6:.0f} MB; largest: "
                              f"{', '.join(name for _, name in sizes[-3:])}: let .gitignore name what need not go over, or use --commit")
         with tarfile.open(target, "w") as archive:
             for name in names:
