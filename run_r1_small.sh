@@ -23,7 +23,7 @@ TAG=d4
 export AQUA_DATA_DIR="${AQUA_DATA_DIR:-$NANOCHAT_BASE_DIR/aqua}"
 RL="--tasks=AQUA --seed=$SEED --run=$WANDB_RUN --num-samples=16 --examples-per-step=32 --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512
     --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30"
-ask() { stage "eval-$2" python -m scripts.chat_eval -i "$1" -g "$2" -a AQUA --split=test --max-new-tokens=64 --batch-size=256; }
+ask() { stage "eval-$1-$2" python -m scripts.chat_eval -i "$1" -g "$2" -a AQUA --split=test --max-new-tokens=64 --batch-size=256; }
 compare() { stage "compare-$1-$2" python -m scripts.chat_eval --compare "$1_AQUA_test" "$2_AQUA_test"; }
 
 stage train-expert  $LAUNCH scripts.chat_grpo $RL --algorithm=expert --model-tag="$TAG" --output-tag="$TAG-expert" --num-steps="${RL_STEPS:-120}"
