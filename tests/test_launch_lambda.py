@@ -346,6 +346,12 @@ def test_the_record_is_on_disk_before_the_request_and_a_full_disk_after_it_is_no
 
 # Ctrl-C at any moment
 
+@pytest.fixture
+def importable(monkeypatch):
+    """The server that forks the launchers finds our packages, although it starts in another folder."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
 def run_in_child(config, root, base, output):
     """The launcher as a process of its own, quick, its output in a file."""
     os.environ.update(NANOCHAT_BASE_DIR=base, LAMBDA_API_KEY="secret-api-key")
@@ -393,7 +399,7 @@ def assert_nothing_is_left(cloud, status, out):
 
 
 @needs_sshd
-def test_ctrl_c_at_random_moments_leaves_nothing_behind(here, machine):
+def test_ctrl_c_at_random_moments_leaves_nothing_behind(here, machine, importable):
     moments = random.Random(2026)
     for _ in range(8):
         cloud, status, out = interrupt_after(moments.uniform(0, 4) ** 1.5 / 4, here, machine, [signal.SIGINT])
@@ -405,7 +411,7 @@ def test_ctrl_c_at_random_moments_leaves_nothing_behind(here, machine):
 
 @needs_sshd
 @pytest.mark.slow
-def test_ctrl_c_and_impatience_at_many_moments_leave_nothing_unsaid(here, machine):
+def test_ctrl_c_and_impatience_at_many_moments_leave_nothing_unsaid(here, machine, importable):
     moments = random.Random(7)
     for turn in range(60):
         signals = [signal.SIGINT] * moments.choice([1, 1, 2, 5])
