@@ -196,11 +196,16 @@ def test_the_chat_template_gives_our_ids_and_our_mask_on_every_task(exported, th
 
 
 WORDS = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=6).map("".join).filter(lambda text: not is_markup(text) and not text.startswith("\ufdd2") and not text.endswith("\ufdd2"))
+# a call stands before every output, as the engine has it: see the template about a block's last character
 PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": WORDS}), min_size=1, max_size=4)
 
 
+def called(parts):
+    return [added for part in parts for added in ([{"type": "python", "text": "1"}, part] if part["type"] == "python_output" else [part])]
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.booleans(), WORDS, st.lists(st.tuples(WORDS, st.one_of(WORDS, PARTS)), min_size=1, max_size=3))
+@given(st.booleans(), WORDS, st.lists(st.tuples(WORDS, st.one_of(WORDS, PARTS.map(called))), min_size=1, max_size=3))
 def test_no_message_can_forge_a_special_token(exported, theirs, with_system, system, exchanges):
     messages = [{"role": "system", "content": system}] if with_system else []
     for question, answer in exchanges:

@@ -23,7 +23,8 @@ BREAK_SPLIT = {"type": "Split", "pattern": {"String": BREAK}, "behavior": "Remov
 CHAT_TEMPLATE = """\
 {#- <|bos|> (<|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|>)*; the system's text begins the first question.
     A part is {"type": "text", "python" or "python_output", "text": ...}. In a message's "<|" a noncharacter follows the "<", so that
-    text never becomes a special token, and two others stand between two texts in a row; the tokenizer takes them out again. #}
+    text never becomes a special token, and two others stand between two texts in a row; the tokenizer takes them out again. What the
+    assistant says up to an output is one generation block: of a character of several tokens at a block's end only the first would count. #}
 {%- macro plain(text) -%}
     {{- text | replace('<|', '<GUARD|') -}}
 {%- endmacro -%}
@@ -58,21 +59,23 @@ CHAT_TEMPLATE = """\
         {{- '<|user_start|>' ~ plain(system.text ~ words(message, '') if loop.first else words(message, 'BREAK')) ~ '<|user_end|>' -}}
     {%- else -%}
         {{- '<|assistant_start|>' -}}
+        {%- set said = namespace(text='') -%}
         {%- for part in ([{'type': 'text', 'text': message.content}] if message.content is string else message.content) -%}
             {%- if part.type == 'python_output' -%}
-                {{- '<|output_start|>' ~ plain(part.text) ~ '<|output_end|>' -}}
-            {%- elif part.type == 'python' -%}
-                {%- generation -%}{{- '<|python_start|>' ~ plain(part.text) ~ '<|python_end|>' -}}{%- endgeneration -%}
-            {%- elif part.type == 'text' -%}
-                {%- if not loop.first and loop.previtem.type == 'text' -%}
-                    {{- 'BREAK' -}}
+                {%- if said.text -%}
+                    {%- generation -%}{{- said.text -}}{%- endgeneration -%}
                 {%- endif -%}
-                {%- generation -%}{{- plain(part.text) -}}{%- endgeneration -%}
+                {{- '<|output_start|>' ~ plain(part.text) ~ '<|output_end|>' -}}
+                {%- set said.text = '' -%}
+            {%- elif part.type == 'python' -%}
+                {%- set said.text = said.text ~ '<|python_start|>' ~ plain(part.text) ~ '<|python_end|>' -%}
+            {%- elif part.type == 'text' -%}
+                {%- set said.text = said.text ~ ('BREAK' if not loop.first and loop.previtem.type == 'text' else '') ~ plain(part.text) -%}
             {%- else -%}
                 {{- raise_exception('a part of type ' ~ part.type ~ ' is none of text, python and python_output') -}}
             {%- endif -%}
         {%- endfor -%}
-        {%- generation -%}{{- '<|assistant_end|>' -}}{%- endgeneration -%}
+        {%- generation -%}{{- said.text ~ '<|assistant_end|>' -}}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
