@@ -13,11 +13,13 @@ import tempfile
 from pathlib import Path
 
 from nanochat.common import base_dir
+from nanochat.tokenizer import SPECIAL_TOKENS
 from scripts import chat_eval, export_to_hf
-from tasks.common import get_task, message_text
+from tasks.common import get_task
 from tasks.evaluation import question_of
 
 LETTERS = "ABCDE"
+SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 COMMON = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "num_fewshot": 0}
 GENERATIVE = {**COMMON, "task": "ours_written", "output_type": "generate_until", "doc_to_target": "{{letter}}",
               "filter_list": [{"name": "letter", "filter": [{"function": "regex", "regex_pattern": r"(?m)^Answer: ([A-E])\s*\Z"}, {"function": "take_first"}]}],
@@ -42,7 +44,7 @@ def compare(stage, tag, folder, max_problems, max_new_tokens=64):
     same_text = same_letter = 0
     largest, known = 0.0, dict(zip(LETTERS, range(5)))
     for place, record in enumerate(records):
-        said = record["completions"][0]["text"]
+        said = SPECIAL.sub("", record["completions"][0]["text"])  # the harness leaves special tokens out of what it decodes
         same_text += written[place]["resps"][0][0].strip() == said.strip()
         logprobs = [answer[0] if isinstance(answer[0], float) else float(answer[0][0]) for answer in letters[place]["filtered_resps"]]
         normalizer = math.log(sum(math.exp(value) for value in logprobs))

@@ -115,7 +115,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
 {call}
-print(tokenizer.decode(model.generate(**ids)[0]))
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=128)[0]))
 ```
 
 transformers 5 has the architecture built in, no code of ours runs. A text begins with `<|bos|>`, which the chat template writes and the plain tokenizer does not.

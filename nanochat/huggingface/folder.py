@@ -114,9 +114,10 @@ def model_config(config, tokenizer, dtype):
 
 
 def generation_config(tokenizer):
-    """Greedy, until the assistant ends; <|bos|> would begin another document, so it ends an answer too, as in our engine."""
+    """Greedy, until the assistant ends; <|bos|> would begin another document, so it ends an answer too, as in our engine. No length: a
+    max_new_tokens here would silently overrule the max_length that lm-evaluation-harness and others pass."""
     ids = special_ids(tokenizer)
-    return {**ids, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]], "do_sample": False, "max_new_tokens": 512}
+    return {**ids, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]], "do_sample": False}
 
 
 def special_ids(tokenizer):
