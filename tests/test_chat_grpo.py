@@ -189,8 +189,9 @@ def test_a_temperature_schedule_and_a_learning_rate_schedule_end_where_they_say(
     config = chat_grpo.Config(temp_schedule="linear", temp_start=0.5, temp_end=1.5, num_steps=10)
     assert [chat_grpo.temperature_at(step, config) for step in (0, 5, 10)] == [0.5, 1.0, 1.5]
     assert chat_grpo.temperature_at(7, chat_grpo.Config(temperature=0.9)) == 0.9
-    run_grpo(lr_schedule="constant", kl_every=-1)
-    assert {metrics["train/lr_mult"] for step, metrics in logged(sft).items() if "train/lr_mult" in metrics} == {0.05}
+    run_grpo(lr_schedule="constant", warmup_steps=2, kl_every=-1)
+    rates = [metrics["train/lr_mult"] for metrics in logged(sft).values() if "train/lr_mult" in metrics]
+    assert rates[0] == 0.025 and set(rates[1:]) == {0.05}
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -232,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_ba
     rows = json.loads((sft / "runs" / "rl_x_failed" / "step_000001_rank0.json").read_text())
     assert rows and {"prompt", "completion", "rewards", "advantage", "tokens"} <= rows[0].keys() and rows[0]["rewards"]["extra"] == "nan"
     tensors = torch.load(sft / "runs" / "rl_x_failed" / "step_000001_rank0.pt", weights_only=True)
-    assert sum(len(batch["inputs"]) for batch in tensors) == len(rows) and tensors[0]["advantages"].isnan().all()
+    assert sum(len(batch["targets"]) for batch in tensors) == len(rows) and tensors[0]["advantages"].isnan().all()
 
 
 def test_a_kl_that_is_not_finite_stops_the_run_before_the_update(sft, monkeypatch):
@@ -375,12 +376,12 @@ def test_each_form_of_the_kl_pulls_the_policy_the_way_of_the_exact_one(policy):
         found[kl_mode] = torch.cat([gradient.flatten() for gradient in gradients(model).values()])
     for kl_mode in ("k1", "k3"):
         assert torch.cosine_similarity(found[kl_mode], found["exact"], dim=0) > 0.5, kl_mode
-    before = float(exact_kl(model, reference, *(one.hidden(batches[0].inputs) for one in (model, reference)), batches[0].mask, 1.0).detach())
+    before = float(exact_kl(model, reference, *(batches[0].hidden(one) for one in (model, reference)), batches[0].mask, 1.0).detach())
     with torch.no_grad():
         flat = found["exact"] / found["exact"].norm()
         for weight, part in zip((weight for weight in model.parameters()), flat.split([weight.numel() for weight in model.parameters()])):
             weight -= 0.002 * part.view_as(weight)
-    after = float(exact_kl(model, reference, *(one.hidden(batches[0].inputs) for one in (model, reference)), batches[0].mask, 1.0).detach())
+    after = float(exact_kl(model, reference, *(batches[0].hidden(one) for one in (model, reference)), batches[0].mask, 1.0).detach())
     assert 0 < after < before
 
 
@@ -390,7 +391,7 @@ def test_minibatches_hold_whole_groups_once_and_do_not_depend_on_the_ranks(polic
 
     def parts(rollouts, everyone):
         compute = SimpleNamespace(gather_objects=lambda value: everyone, device="cpu")
-        made = make_minibatches(rollouts, 2, 4, tokenizer.bos_id, model, compute, seed=7)
+        made = make_minibatches(rollouts, 2, 4, tokenizer.bos_id, compute, seed=7)
         return [{rollout.place for batch in part for rollout in batch.rollouts} for part in made]
 
     alone = parts(taught, [[rollout.place for rollout in taught]])
@@ -404,7 +405,7 @@ def test_minibatches_hold_whole_groups_once_and_do_not_depend_on_the_ranks(polic
 def test_old_log_probabilities_are_those_before_the_first_update(policy, groups):
     model, tokenizer = policy
     objective = Objective(1.0, "grpo")
-    before = {id(batch.rollouts[0]): target_logprobs(model, model.hidden(batch.inputs), batch.targets, 1.0).detach()
+    before = {id(batch.rollouts[0]): target_logprobs(model, batch.hidden(model), batch.targets, 1.0).detach()
               for part in prepare(groups, objective, model, None, CPU, 6, tokenizer.bos_id, 3, "seed") for batch in part}
     parts = prepare(groups, objective, model, None, CPU, 6, tokenizer.bos_id, 3, "seed")
     learn(model, MuonAdamW(model, CPU), parts, objective, CPU, 0, 0.05, 1.0, epochs=2)

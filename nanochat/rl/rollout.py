@@ -42,6 +42,10 @@ class RolloutBatch:
     def mask(self):
         return self.targets != -1
 
+    def hidden(self, model):
+        """-> (B, T, C) after the last norm, where `targets` stand."""
+        return model.hidden(self.inputs)
+
 
 def sample_groups(engine, tokenizer, conversations, reward_fn, num_samples, max_new_tokens, temperature, seeds, top_k=None):
     """Conversations -> one group of `num_samples` judged rollouts each; all of them in flight together.

@@ -67,7 +67,7 @@ class SharedBatch(RolloutBatch):
     layout: SharedPrompts | None = None
 
     def hidden(self, model):
-        """-> (R, W, C) after the last norm, where RolloutBatch has `model.hidden(batch.inputs)`."""
+        """-> (R, W, C) after the last norm, at the completions alone."""
         return model.hidden(self.inputs, self.layout)[0].index_select(0, self.layout.place_of[1]).view(*self.targets.shape, -1)
 
     def logprobs(self, model, temperature=1.0):

@@ -1,6 +1,6 @@
 """From judged groups to a gradient: who teaches, by how much, and the passes over them. Both RL scripts share every line of it.
 
-Only rows of groups with signal are computed, similar lengths together, with log-probabilities at completion positions alone. What the
+Only groups with signal are computed, each prompt once for all its samples, with log-probabilities at completion positions alone. What the
 loss is divided by is counted over all micro-batches and ranks before the first pass.
 """
 import math
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.rl.algorithm import ALGORITHMS, check_algorithm, clipped_tokens, denominator, kl_exact, kl_k1, kl_k3, kl_k3_loss, policy_loss
-from nanochat.rl.rollout import has_signal, make_batches
+from nanochat.rl.rollout import has_signal
+from nanochat.rl.shared_prompt import make_shared_batches
 from nanochat.training import optimizer_step
 from nanochat.vocab_loss import capped, chunks
 
@@ -67,7 +68,7 @@ def set_advantages(groups, objective, penalties=None):
     return taught
 
 
-def make_minibatches(taught, count, device_batch_size, pad_id, model, compute, seed):
+def make_minibatches(taught, count, device_batch_size, pad_id, compute, seed):
     """This rank's rollouts that teach -> `count` lists of RolloutBatches, one list per optimizer step, at most as many as there are groups.
 
     Whole groups, shuffled by the seed over all ranks: which group is in which minibatch does not depend on the number of ranks."""
@@ -75,8 +76,7 @@ def make_minibatches(taught, count, device_batch_size, pad_id, model, compute, s
     random.Random(seed).shuffle(places)
     count = max(1, min(count, len(places)))
     chosen = [set(places[i::count]) for i in range(count)]
-    return [make_batches([rollout for rollout in taught if rollout.place in part], device_batch_size, pad_id, compute.device,
-                         context=model.config.sequence_len) for part in chosen]
+    return [make_shared_batches([rollout for rollout in taught if rollout.place in part], device_batch_size, pad_id, compute.device) for part in chosen]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def in_chunks(function, vocab_size, first, *others):
 def score(model, batches, objective, into):
     """Fills `old_logprobs` or `ref_logprobs` of every batch with what a model says about its tokens."""
     for batch in batches:
-        setattr(batch, into, target_logprobs(model, model.hidden(batch.inputs), batch.targets, objective.temperature, objective.top_k))
+        setattr(batch, into, target_logprobs(model, batch.hidden(model), batch.targets, objective.temperature, objective.top_k))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def prepare(groups, objective, model, reference, compute, device_batch_size, pad
     """Judged groups -> minibatches, each a list of RolloutBatches, one optimizer step each; all that must be known before the weights move
     is in them. With one minibatch, `old_logprobs` come for free in its first pass."""
     taught = set_advantages(groups, objective)
-    parts = make_minibatches(taught, minibatches, device_batch_size, pad_id, model, compute, seed)
+    parts = make_minibatches(taught, minibatches, device_batch_size, pad_id, compute, seed)
     batches = [batch for part in parts for batch in part]
     if objective.kl_coef > 0:
         score(reference, batches, objective, "ref_logprobs")
@@ -184,7 +184,7 @@ def gradient_pass(model, batches, objective, compute, reference=None):
     divisor = denominator(objective.algorithm, tokens, rollouts, objective.max_new_tokens)
     total, tally = 0.0, Tally()
     for batch in batches:
-        hidden = model.hidden(batch.inputs)
+        hidden = batch.hidden(model)
         logprobs = target_logprobs(model, hidden, batch.targets, objective.temperature, objective.top_k)
         if batch.old_logprobs is None:
             batch.old_logprobs = logprobs.detach()
@@ -202,7 +202,7 @@ def kl_loss(model, reference, batch, hidden, logprobs, objective):
     if objective.kl_mode == "k3":
         return kl_k3_loss(logprobs, batch.old_logprobs, batch.ref_logprobs, batch.mask)
     with torch.no_grad():
-        ref_hidden = reference.hidden(batch.inputs)
+        ref_hidden = batch.hidden(reference)
     return exact_kl(model, reference, hidden, ref_hidden, batch.mask, objective.temperature)
 
 
