@@ -40,7 +40,7 @@ def test_imports_go_one_way(path):
             assert path.name == "sft_train.py", f"{path.name} imports {module}: what two scripts share moves inward"
 
 
-@pytest.mark.parametrize("room", ["rl", "interpretability", "cloud"])
+@pytest.mark.parametrize("room", ["rl", "interpretability", "cloud", "huggingface"])
 def test_a_side_room_can_be_locked(room):
     """The corridor never enters it: only scripts and the room itself do."""
     for path in FILES:
