@@ -321,7 +321,7 @@ def test_a_letter_appears_where_it_begins_to_lead_for_good(monkeypatch):
     assert lens.appears.tolist() == [-1, 2, -1] and lens.settles.tolist() == [3, 2, 0] and lens.final.tolist() == [2, 1, 2]
     metrics = lens_metrics(lens)
     assert metrics["lens/found_share"] == pytest.approx(1 / 3) and metrics["lens/appears_median"] == 2 and metrics["lens/settles_median"] == 2
-    for name, wanted in {"share_right": [1 / 3, 1 / 3, 2 / 3, 1 / 3], "prob_right": [1 / 3, 1 / 3, 2 / 3, 1 / 3], "prob_final": [1 / 3, 1 / 3, 2 / 3, 1],
+    for name, wanted in {"share_right": [1 / 3, 1 / 3, 2 / 3, 1 / 3], "prob_right": [1 / 3, 1 / 3, 2 / 3, 1 / 3], "prob_final": [2 / 3, 1 / 3, 2 / 3, 1],
                          "rank_right": [1] * 4}.items():
         assert [metrics[f"lens/layer_{depth}/{name}"] for depth in range(4)] == pytest.approx(wanted), name
     assert lens_rows_of_table(lens)[2] == ("2", "67%", "0.667", "0.667", "1", "2", "1.000", "1", "1")

@@ -1,5 +1,6 @@
 """look_inside writes numbers and pictures of the real model, and the model answers as it would unwatched."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,11 +15,24 @@ from tasks.common import get_task
 from tests import pipeline
 
 
+@pytest.fixture(scope="module")
+def checkpoints(prepared, tmp_path_factory):
+    """A base directory with an SFT checkpoint, to be copied."""
+    folder = tmp_path_factory.mktemp("look") / "base"
+    shutil.copytree(prepared, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        pipeline.run_stage("base", num_iterations=2)
+        pipeline.run_stage("sft", source="base", num_iterations=2, eval_every=-1, eval_metrics_every=-1)
+    return folder
+
+
 @pytest.fixture
-def trained(base_directory):
-    for stage in ("base", "sft"):
-        pipeline.run_stage(stage, num_iterations=2, **({"source": "base"} if stage == "sft" else {}))
-    return base_directory
+def trained(checkpoints, tmp_path, monkeypatch):
+    shutil.copytree(checkpoints, tmp_path / "base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.delenv("AQUA_DATA_DIR", raising=False)
+    return tmp_path / "base"
 
 
 def config(**changes):
@@ -40,7 +54,7 @@ def test_everything_is_written_and_says_what_was_measured(trained, capsys):
 
     # the last depth of the lens is the model's own forced answer, read by an evaluation
     from tasks.evaluation import letter_logprobs
-    model, tokenizer, _ = load_model("sft")
+    model, tokenizer, _ = load_model("sft", dtype="float32")
     problems = list(get_task("AQUA", split="validation", stop=5))
     read = letter_logprobs(model, tokenizer, [tokenizer.render_for_completion(one) for one in problems], [one["letters"] for one in problems])
     of_right = [torch.tensor(logprobs[one["answer_letter"]]).exp().item() for logprobs, one in zip(read, problems)]
@@ -90,7 +104,7 @@ def test_treescope_shows_module_tree_and_attention_without_the_network(tmp_path)
     write_treescope(model, tmp_path / "model.html")
     write_attention_page(model, tokenizer, sequence, 4, tmp_path / "attention.html", [1])
     tree, attention = ((tmp_path / name).read_text(encoding="utf-8") for name in ("model.html", "attention.html"))
-    assert "c_proj" in tree and "Layer 1, weights up to" in attention and "Layer 0" not in attention
+    assert "treescope-container" in tree and "Layer 1, weights up to" in attention and "Layer 0" not in attention
     for page in (tree, attention):
         assert "<script src" not in page and "<link" not in page and len(page) > 20_000
     assert torch.equal(before, model(torch.tensor([sequence]))) and all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
