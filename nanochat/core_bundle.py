@@ -12,6 +12,7 @@ import json
 import shutil
 import stat
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -256,7 +257,7 @@ def unpack(archive, folder):
         write_atomic(root / "SHA256SUMS", sums)
         shutil.rmtree(folder, ignore_errors=True)       # an older, incomplete one
         root.rename(folder)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({type(error).__name__}: {error}): fetch it again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -142,7 +142,9 @@ class ItemLog:
                 label = record.get("task")
                 if record.pop("key", None) == keys.get(label, ""):
                     self.known[label][record["index"]] = record
-        compute.barrier()                               # all have read before any writes
+        for part in compute.gather_objects(self.known):  # all have read before any writes, and all know the same, whatever disk they see
+            for label, records in part.items():
+                self.known[label] |= records
         self.file = open(path.with_name(f"{path.name}_items.rank{compute.rank}.partial"), "a", encoding="utf-8")
 
     @property

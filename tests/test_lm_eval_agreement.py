@@ -189,7 +189,7 @@ def test_our_checkpoint_its_twin_and_the_harness_agree(tokenizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "core" / "core.yaml").is_file(), reason="needs the eval bundle beside the checkout")
 @pytest.mark.parametrize("kind", ["llama", "ours"])
-def test_on_the_published_tasks_all_agree(tokenizer, tmp_path, kind):
+def test_on_the_published_tasks_all_agree(tokenizer, tmp_path, monkeypatch, kind):
     labels = ("copa", "piqa", "arc_easy", "openbook_qa", "commonsense_qa", "lambada_openai", "winograd", "bigbench_qa_wikidata")
     tasks = [CoreTask(**{**vars(task), "num_fewshot": min(task.num_fewshot, 1), "items": task.items[:60]}) for task in load_bundle(DATA / "core", labels)]
     sizes = {"sequence_len": 4096}
@@ -199,6 +199,8 @@ def test_on_the_published_tasks_all_agree(tokenizer, tmp_path, kind):
         (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": sizes["sequence_len"]}))
         scorer, adds_bos = HFScorer(*load_hf(folder, CPU)), None
     else:
+        # Hugging Face's norm rounds to float32 even in float64, which comes to 1.3e-6 on the longest prompts: here it may not
+        monkeypatch.setattr("transformers.models.nanochat.modeling_nanochat.NanoChatRMSNorm.forward", lambda self, x: self._norm(x))
         model = our_model(tokenizer)
         model.config = GPTConfig(**{**vars(model.config), **sizes})
         model.fill_rotary_table()
