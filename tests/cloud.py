@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SECRET = "wandb-secret-3f1c9a77"
-# scale 0.02: 20 s between looks become 0.4 s
-QUICK = {"poll_seconds": 8, "settle_seconds": 20, "max_wait_minutes": 90, "terminate_minutes": 60, "lost_minutes": 3, "start_minutes": 120, "fetch_minutes": 30}
+# scale 0.02: 12 s between looks become 0.24 s
+QUICK = {"poll_seconds": 12, "settle_seconds": 20, "max_wait_minutes": 90, "terminate_minutes": 60, "lost_minutes": 3, "start_minutes": 120, "fetch_minutes": 30}
 SCALE = float(os.environ.get("NANOCHAT_TEST_CLOUD_SCALE", "0.02"))  # larger for a machine that is very busy
 
 RUN = r"""#!/usr/bin/env bash
@@ -62,7 +62,7 @@ class Eyes(threading.Thread):
         return self
 
     def run(self):
-        while not self.over.wait(0.02):
+        while not self.over.wait(0.05):
             for entry in os.listdir("/proc"):
                 if entry.isdigit():
                     try:

@@ -1,4 +1,5 @@
 """The Lambda launcher against a fake API and a real sshd and tmux: it trains, fetches and terminates, and no failure leaves an instance behind."""
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -286,9 +287,8 @@ def test_an_id_that_the_api_gave_out_and_never_lists_is_not_called_terminated(he
 def test_a_refused_key_ends_the_terminating_at_once_with_the_command(here, capsys):
     with FakeLambda() as cloud:
         cloud.on_call = lambda name: name == "launch" and cloud.faults.update(list=[401] * 1000, terminate=[401] * 1000)
-        began = time.monotonic()
         assert launch_lambda_training.main(config_for(cloud, auto_start=True)) == 3
-        assert time.monotonic() - began < 5 and f"--terminate {cloud.launched[0]}" in capsys.readouterr().out
+        assert cloud.names().count("list") <= 3 and f"--terminate {cloud.launched[0]}" in capsys.readouterr().out
 
 
 def test_an_orphan_of_a_killed_launcher_is_found_by_its_name(here, cloud, capsys):
@@ -380,7 +380,8 @@ def interrupt_after(delay, here, machine, signals, terminate_works=True):
             time.sleep(0.01)
         time.sleep(delay)
         for number in signals:
-            os.kill(child.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it was quick to end
+                os.kill(child.pid, number)
             time.sleep(0.05)
         child.join(300)
         if child.is_alive():
@@ -390,12 +391,10 @@ def interrupt_after(delay, here, machine, signals, terminate_works=True):
 
 
 def assert_nothing_is_left(cloud, status, out):
-    """Terminated, or on record with the command printed."""
-    if cloud.left_running:
-        open_records = {record.id or record.name for record in records() if record.is_open}
-        assert status == 3 and set(cloud.left_running) <= open_records and all(f"--terminate {id}" in out for id in cloud.left_running), out
-    else:
-        assert status == 130 and all(not record.is_open for record in records()), out
+    """Terminated, or on record with the command printed. Who stops the terminating itself is told so even where it had worked already."""
+    open_records = {record.id or record.name for record in records() if record.is_open and record.api_url == cloud.url}
+    assert set(cloud.left_running) <= open_records and all(f"--terminate {name}" in out for name in open_records), out
+    assert status == (3 if open_records else 130), out
 
 
 @needs_sshd

@@ -257,7 +257,7 @@ def end(job):
     signals.tolerate(2)
     until, problem, confirmed, seen = signals.deadline(60 * config.terminate_minutes), "", set(), {record.id} - {""}
     looks = 0
-    say(f"terminating {record.id or record.name}")
+    say(f"terminating {record.id or record.name}; three more Ctrl-C would give that up")
     quietly(record.save, state="ending")
     settle = (time.time() if record.doubt and not record.id else record.requested_at) + config.settle_seconds * signals.scale
     try:
