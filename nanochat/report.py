@@ -1,7 +1,8 @@
-"""The report of a run: each stage adds a section, evaluations and logs add tables and curves; the sum is report.md and report.html.
+"""The report of a run: each stage adds a section, evaluations and logs add tables and curves; the sum is report.md and report.html,
+with the answers to read beside them in answers.html.
 
     python -m nanochat.report reset                # forget the sections of earlier runs; logs and evaluations stay
-    python -m nanochat.report generate             # write report.md and report.html under base_dir()/report
+    python -m nanochat.report generate             # write report.md, report.html, answers.html under base_dir()/report
     python -m nanochat.report summarize [RUN]      # the table of results in the terminal; RUN is a run's name or a model tag
 
 What is missing is said in words. This file collects and writes text; `report_page` draws.
@@ -48,15 +49,18 @@ def main(command, config):
     if command == "summarize":
         print(summary(report))
         return
-    from nanochat.report_page import html_page  # matplotlib: a second that the stages need not spend
+    from nanochat.report_page import answers_page, html_page  # matplotlib: a second that the stages need not spend
     folder = report_dir()
+    for row in report["evals"]:
+        row["answers"] = read_answers(row, report["missing"])
     write_atomic(folder / "report.md", markdown_page(report))
     write_atomic(folder / "report.html", html_page(report))
-    print(f"{folder / 'report.md'} and report.html written")
+    write_atomic(folder / "answers.html", answers_page(report))
+    print(f"{folder / 'report.md'}, report.html and answers.html written")
     if config.copy_to:
         target = Path(config.copy_to)
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("report.md", "report.html"):
+        for name in ("report.md", "report.html", "answers.html"):
             shutil.copyfile(folder / name, target / name)
         print(f"copied to {target}")
 
@@ -147,6 +151,7 @@ def read_eval(path, missing):
         return None
     metrics = row.get("metrics") if isinstance(row.get("metrics"), dict) else {}
     row = {"stage": "?", "model_tag": "?", "step": None, "task": path.stem, "split": None, "n": None, "settings": {}, "samples": [], **row}
+    row["file"] = path.stem
     row["metrics"] = {name: metrics.get(name) for name in ("accuracy", "ci_low", "ci_high", "best_constant", "random_accuracy", "no_reasoning",
                                                             "parse_failures", "letters_pred", "letters_gold", "mean_tokens")} | metrics
     row["time"] = row.get("time") or path.stat().st_mtime
@@ -154,6 +159,21 @@ def read_eval(path, missing):
     if is_number(metrics["accuracy"]) and not is_number(metrics["ci_low"]) and row["n"]:
         metrics["ci_low"], metrics["ci_high"] = wilson(metrics["accuracy"], row["n"])
     return row
+
+
+def read_answers(row, missing):
+    """The answers behind an evaluation, one record per problem; a file that does not hold what its summary counts is named and left out."""
+    path = base_dir() / "eval" / f"{row['file']}_answers.jsonl"
+    answers = [answer for answer in (read_log(path) if path.is_file() else ()) if is_answer(answer)]
+    if len(answers) != row["n"]:
+        missing.append(f"{path.name} holds {len(answers)} answers, its summary counts {row['n']}: it is not shown.")
+        return []
+    return answers
+
+
+def is_answer(record):
+    completions = record.get("completions")
+    return isinstance(completions, list) and bool(completions) and isinstance(completions[0], dict) and is_number(completions[0].get("tokens"))
 
 
 def newest_of_each(rows):

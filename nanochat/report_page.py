@@ -2,23 +2,17 @@
 
 It draws what `report.collect` found and computes nothing that is not also in report.md.
 """
-import io
-import logging
 import math
-import re
-from html import escape as escape_html
 
-import matplotlib
-from markdown_it import MarkdownIt  # comes with rich
-from matplotlib.figure import Figure
+from markdown_it import MarkdownIt
 
-from nanochat.report import COLUMNS, LEGEND, baseline, is_number, percent, result_row, series, texts, verdict
+from nanochat.report import COLUMNS, LEGEND, baseline, is_number, percent, result_row, texts, verdict
+from nanochat.report_plots import STAGE_COLORS, accuracy_plot, answer_of, by_length, by_level, color, curves, escape, letters_plot, telemetry
 from nanochat.run_logger import visible
 
-INK, MUTED, FAINT, RULE = "#1c2733", "#5f6c7b", "#a9b4c0", "#e4e8ed"
-STAGE_COLORS = {"base": "#7a8797", "mid": "#2b8a83", "sft": "#2f6db5", "rl": "#cf5b36"}
 VERDICT_CLASSES = {"above": "good", "no better": "flat", "below": "bad"}
 MAX_SAMPLES = 8
+MAX_WRONG = 40     # per evaluation
 
 STYLE = """
 :root { color-scheme: light; }
@@ -76,15 +70,23 @@ ul.missing { margin: 0; padding-left: 20px; color: #5f6c7b; }
 
 
 def html_page(report):
-    """What `report.collect` returned -> the whole page as text."""
-    body = [page_header(report), tiles(report), results(report["evals"]), accuracy_plot(report["evals"]), curves(report["runs"]),
-            letters_plot(report["evals"]), samples(report), sections(report["sections"]), fact_table(report["facts"]), missing(report["missing"])]
+    """What `report.collect` returned -> the whole report as text."""
+    body = [page_header(report), tiles(report), results(report["evals"]), accuracy_plot(report["evals"]), by_level(report["evals"]), by_length(report["evals"]),
+            curves(report["runs"]), telemetry(report["runs"]), letters_plot(report["evals"]), samples(report), worst_note(report["evals"]), sections(report["sections"]), fact_table(report["facts"]), missing(report["missing"])]
+    return whole_page(title(report), body)
+
+
+def answers_page(report):
+    """The wrong answers of every evaluation, the surest first, to be read: numbers do not say what a model gets wrong."""
+    body = ["<header><h1>Worst answers</h1><p>Of every evaluation the wrong answers, the surest first: those whose letter was most probable "
+            "behind the model's own reasoning; then what could not be read.</p></header>"]
+    body += [worst(row) for row in report["evals"] if row.get("answers")]
+    return whole_page("Worst answers", body)
+
+
+def whole_page(heading, body):
     return ("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-            f"<title>{escape(title(report))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(filter(None, body)) + "\n</main>\n</body>\n</html>\n")
-
-
-def escape(text):
-    return escape_html(visible(text))
+            f"<title>{escape(heading)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(filter(None, body)) + "\n</main>\n</body>\n</html>\n")
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -219,185 +221,33 @@ def missing(lines):
     return f'<h2>Not in this report</h2><ul class="missing">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 
-def color(stage):
-    return STAGE_COLORS.get(stage, "#8a63b8")
+# -- the answers to read ----------------------------------------------------------------------------------------------
+
+def worst_note(evals):
+    return '<p class="lead">The wrong answers of every evaluation, the surest first: <a href="answers.html">answers.html</a>.</p>' if any(
+        row.get("answers") for row in evals) else ""
 
 
-# -- plots ------------------------------------------------------------------------------------------------------------
-
-def figure(width, height, columns=1):
-    """A figure of `width` x `height` inches with a row of axes in the page's style -> (figure, list of axes)."""
-    result = Figure(figsize=(width, height), layout="constrained")
-    result.get_layout_engine().set(wspace=0.07)
-    axes = list(result.subplots(1, columns, squeeze=False)[0])
-    for ax in axes:
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.spines["bottom"].set_color("#cfd6de")
-        ax.tick_params(colors=MUTED, labelsize=8.5, length=0, pad=5)
-        ax.grid(axis="y", color=RULE, linewidth=0.8)
-        ax.set_axisbelow(True)
-    return result, axes
+def worst(row):
+    wrong = [answer for answer in row["answers"] if not answer_of(answer).get("correct")]
+    chosen = sorted(wrong, key=sureness, reverse=True)[:MAX_WRONG]
+    words = f"{len(wrong):,} of {len(row['answers']):,} answers are wrong" + (f"; the {len(chosen)} surest:" if len(chosen) < len(wrong) else ":")
+    return (f'<h2>{escape(row["task"])} · {escape(row["stage"])} {escape(row["model_tag"])}</h2><p class="lead">{escape(words)}</p>'
+            f'<div class="card">{"".join(map(wrong_answer, chosen))}</div>')
 
 
-def svg(drawing, name, words):
-    """A figure -> inline SVG, byte for byte the same every time, with ids that cannot meet those of another figure."""
-    buffer = io.StringIO()
-    # text stays text: searchable, sharp, and in the page's own font
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg"):])
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
+def sureness(answer):
+    """The probability of the answered letter behind the reasoning; below 0 where there is none to read."""
+    logprobs = (answer.get("after_reasoning") or {}).get("logprobs") or {}
+    written = answer_of(answer).get("answer")
+    return math.exp(logprobs[written]) if is_number(logprobs.get(written)) else -1.0
 
 
-def plot(drawing, name, heading, caption):
-    return f'<div class="card"><figure><h3>{escape(heading)}</h3>{svg(drawing, name, heading)}<figcaption>{escape(caption)}</figcaption></figure></div>'
-
-
-def accuracy_plot(evals):
-    """Every accuracy with its interval, beside what blind answers score."""
-    rows = [row for row in evals if is_number(row["metrics"]["accuracy"])]
-    if not rows:
-        return ""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    places = [index + 0.7 * tasks.index(row["task"]) for index, row in enumerate(rows)]  # a gap between tasks
-    drawing, (ax,) = figure(10, 0.7 + 0.32 * places[-1] + 0.3)
-    ax.grid(axis="y", visible=False)
-    ax.grid(axis="x", color=RULE, linewidth=0.8)
-    for place, row in zip(places, rows):
-        metrics = row["metrics"]
-        low, high = (metrics[end] if is_number(metrics[end]) else metrics["accuracy"] for end in ("ci_low", "ci_high"))
-        ax.plot([low, high], [place, place], color=color(row["stage"]), linewidth=5.5, alpha=0.28, solid_capstyle="round")
-        ax.plot(metrics["accuracy"], place, "o", color=color(row["stage"]), markersize=7)
-        constant = metrics["best_constant"].get("share") if isinstance(metrics["best_constant"], dict) else metrics["best_constant"]
-        for value, style in ((constant, "-"), (metrics["random_accuracy"], ":")):
-            if is_number(value) and value > 0:
-                ax.plot([value, value], [place - 0.36, place + 0.36], style, color=INK, linewidth=1.3)
-        ax.annotate(percent(metrics["accuracy"]), (max(high, constant if is_number(constant) else 0.0), place), (12, 0),
-                    textcoords="offset points", va="center", fontsize=8.5, color=INK)
-    ax.set_yticks(places, [f"{row['task']} · {row['stage']}" for row in rows])
-    ax.tick_params(axis="y", labelcolor=INK, labelsize=9)
-    ax.set_ylim(places[-1] + 0.6, -0.6)
-    ax.set_xlim(0, min(1.08, 1.12 * ax.get_xlim()[1]))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    return plot(drawing, "accuracy", "Accuracy with its 95 % interval",
-                "The full stroke is the best constant letter, the dotted one random choice. An interval that crosses the stroke has shown nothing yet.")
-
-
-def curves(runs):
-    """Loss, bits per byte, reward and lengths, as far as they were logged."""
-    parts = []
-    trained = [run for run in runs if run["stage"] != "rl" and series(run, "train/loss")[0]]
-    if trained:
-        parts.append(panels(trained, "loss", "Training loss", "Nats per target token over optimizer steps; the thin line is every step, the thick one a running mean.",
-                            lambda ax, run: draw_smoothed(ax, *series(run, "train/loss"), color(run["stage"]))))
-    measured = [run for run in runs if len(series(run, "val/bpb")[0]) > 1]
-    if measured:
-        parts.append(panels(measured, "bpb", "Bits per byte on held-out text", "Over optimizer steps. Each stage has validation data of its own: compare within a panel, not across.",
-                            lambda ax, run: ax.plot(*series(run, "val/bpb"), "o-", color=color(run["stage"]), markersize=3.5, linewidth=1.8)))
-    parts += [reward_plot(run) for run in runs if series(run, "rl/mean_reward")[0]]
-    return "<h2>Curves</h2>" + "".join(parts) if parts else "<h2>Curves</h2><p class=\"lead\">No stage has logged a loss.</p>"
-
-
-def panels(runs, name, heading, caption, draw):
-    """One panel per run, four in a row."""
-    parts = []
-    for start in range(0, len(runs), 4):
-        row = runs[start:start + 4]
-        drawing, axes = figure(10, 2.7, max(2, min(4, len(runs))))
-        for ax, run in zip(axes, row):
-            draw(ax, run)
-            ax.set_title(f"{run['stage']} {run['model_tag']}", fontsize=9.5, color=INK, loc="left", pad=8)
-            finish_steps(ax)
-        for ax in axes[len(row):]:
-            ax.set_visible(False)
-        parts.append(plot(drawing, f"{name}-{start}", heading, caption))
-    return "".join(parts)
-
-
-def finish_steps(ax):
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    ax.margins(x=0.02)
-
-
-def draw_smoothed(ax, steps, values, line_color):
-    shown = range(0, len(steps), math.ceil(len(steps) / 1500))  # enough for any screen
-    ax.plot([steps[i] for i in shown], [values[i] for i in shown], color=line_color, linewidth=0.7, alpha=0.3)
-    means = running_mean(values)
-    ax.plot([steps[i] for i in shown], [means[i] for i in shown], color=line_color, linewidth=1.9)
-    low, high = min(values), max(values)
-    early = sorted(values)[int(0.995 * (len(values) - 1))]  # a first step far above all others must not flatten the rest
-    ax.set_ylim(low - 0.06 * (early - low or 1), min(high, early) + 0.1 * (early - low or 1))
-
-
-def running_mean(values):
-    """The mean of each value's neighbourhood, a twentieth of the run wide: centred, so that it lags behind no slope."""
-    reach, sums, means = max(1, len(values) // 40), [0.0], []
-    for value in values:
-        sums.append(sums[-1] + value)
-    for place in range(len(values)):
-        before = min(reach, place)
-        after = min(before, len(values) - 1 - place)
-        means.append((sums[place + after + 1] - sums[place - before]) / (before + after + 1))
-    return means
-
-
-def reward_plot(run):
-    """What RL does to the reward, the share of right answers and the length of the completions."""
-    drawing, (left, right) = figure(10, 2.9, 2)
-    draw_smoothed(left, *series(run, "rl/mean_reward"), color("rl"))
-    left.set_title("reward" + (", and share of right answers (grey)" if series(run, "rl/acc")[0] else ""), fontsize=9.5, color=INK, loc="left", pad=8)
-    low, high = left.get_ylim()
-    if series(run, "rl/acc")[0]:
-        steps, values = series(run, "rl/acc")
-        left.plot(steps, running_mean(values), color=MUTED, linewidth=1.5)
-        low, high = min(low, *values), max(high, *values)
-    left.set_ylim(max(0.0, low - 0.03), high + 0.03)
-    steps, means = series(run, "completions/mean_length")
-    shortest, longest = (series(run, f"completions/{end}_length") for end in ("min", "max"))
-    if steps:
-        if shortest[0] == longest[0] == steps:
-            right.fill_between(steps, shortest[1], longest[1], color=color("rl"), alpha=0.13, linewidth=0)
-        right.plot(steps, means, color=color("rl"), linewidth=1.9)
-        right.set_ylim(bottom=0)
-        right.set_title("tokens per completion: mean, shortest to longest", fontsize=9.5, color=INK, loc="left", pad=8)
-    else:
-        right.set_visible(False)
-    for ax in (left, right):
-        finish_steps(ax)
-    return plot(drawing, f"reward-{run['model_tag']}", f"Reinforcement learning of {run['model_tag']}",
-                "Over optimizer steps. The reward is the sum of its parts, a right answer being worth 1.")
-
-
-def letters_plot(evals):
-    """What is answered beside what is right: a policy that collapsed to one letter shows at a glance."""
-    rows = [row for row in evals if isinstance(row["metrics"]["letters_pred"], dict) and isinstance(row["metrics"]["letters_gold"], dict)
-            and sum(value for value in row["metrics"]["letters_gold"].values() if is_number(value))][-8:]
-    parts = []
-    for start in range(0, len(rows), 4):
-        chosen = rows[start:start + 4]
-        drawing, axes = figure(10, 2.5, 4 if len(rows) > 1 else 2)
-        for ax, row in zip(axes, chosen):
-            gold, predicted = row["metrics"]["letters_gold"], row["metrics"]["letters_pred"]
-            letters = sorted(set(gold) | {letter for letter in predicted if letter and letter not in ("none", "null", "None")})
-            unread = sum(value for letter, value in predicted.items() if letter not in letters and is_number(value))
-            for offset, counts, fill in ((-0.2, gold, "#d3dae2"), (0.2, predicted, color(row["stage"]))):
-                total = sum(value for value in counts.values() if is_number(value)) or 1
-                ax.bar([place + offset for place in range(len(letters))], [counts.get(letter, 0) / total for letter in letters], 0.38, color=fill)
-            if unread:
-                ax.bar(len(letters), unread / sum(value for value in predicted.values() if is_number(value)), 0.38, color=color(row["stage"]), alpha=0.45)
-            names = letters + (["none"] if unread else [])
-            ax.set_xticks(range(len(names)), names)
-            ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-            ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-            ax.set_title(f"{row['task']} · {row['stage']}", fontsize=9.5, color=INK, loc="left", pad=8)
-        top = max(ax.get_ylim()[1] for ax in axes[:len(chosen)])
-        for place, ax in enumerate(axes):
-            ax.set_ylim(0, top)
-            ax.tick_params(axis="y", labelleft=place == 0)
-            ax.set_visible(place < len(chosen))
-        parts.append(plot(drawing, f"letters-{start}", "Letters answered (coloured) and right (grey)", "“none” are completions without a readable answer."))
-    return "<h2>Letters</h2>" + "".join(parts) if parts else ""
+def wrong_answer(answer):
+    said, sure = answer_of(answer), sureness(answer)
+    facts = [f"problem {answer.get('index')}", f"right: {answer.get('gold')}", f"answered: {said.get('answer') or 'nothing that can be read'}"]
+    facts += [f"{name} {answer[name]}" for name in ("level", "kind") if answer.get(name) is not None]
+    facts += [f"{100 * sure:.1f} % sure"] if sure >= 0 else []
+    facts += ["cut off"] if said.get("finish_reason") == "length" else []
+    return (f'<div class="sample"><div class="head">{escape(" · ".join(facts))}</div><pre>{escape(str(answer.get("prompt", "")))}</pre>'
+            f'<div class="answer"><pre>{escape(str(said.get("text", "")))}</pre></div></div>')

@@ -13,7 +13,8 @@ import torch
 from nanochat import report
 from nanochat.common import Compute
 from nanochat.report import Config, add_section, collect, markdown_page, result_row, sparkline, summary, verdict, wilson
-from nanochat.report_page import html_page, running_mean
+from nanochat.report_page import html_page
+from nanochat.report_plots import fifths, running_mean
 from nanochat.run_logger import RunLogger
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +174,7 @@ def test_summarize_can_be_limited_to_one_run_and_says_when_there_is_none(base):
 def test_the_three_commands_run_from_the_command_line(base, tmp_path, monkeypatch, capsys):
     full_report(base)
     report.main("generate", Config(copy_to=str(tmp_path / "copy")))
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"report.md", "report.html"}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"answers.html", "report.md", "report.html"}
     run = subprocess.run([sys.executable, "-m", "nanochat.report", "--", "summarize", "d2"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "AQUA validation" in run.stdout, run.stderr
     report.main("reset", Config())
@@ -197,3 +198,46 @@ def test_smoothing_keeps_a_straight_line_straight_but_for_its_end_and_sparklines
     line = [float(i) for i in range(100)]
     assert running_mean(line)[:90] == pytest.approx(line[:90])
     assert sparkline([0.0, 1.0]) == "▁█" and len(sparkline(line)) == 24 and sparkline([3.0]) == "▁"
+
+
+def write_answers(base, name="sft_AQUA", count=254):
+    """Every third is wrong; the later, the surer and the longer."""
+    rows = [{"index": index, "prompt": f"Question {index} {EVIL}", "gold": "A", "level": 1 + index % 3,
+             "after_reasoning": {"answer": "B", "logprobs": {"A": -4.0, "B": -1 / (1 + index)}},
+             "completions": [{"text": EVIL, "answer": "A" if index % 3 else "B", "correct": bool(index % 3), "finish_reason": "stop", "tokens": 10 + index}]}
+            for index in range(count)]
+    (base / "eval" / f"{name}_answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_the_worst_answers_are_the_wrong_ones_surest_first_and_model_output_stays_text(base):
+    write_eval(base)
+    write_answers(base)
+    report.main("generate", Config())
+    page = (base / "report" / "answers.html").read_text()
+    shown = [int(number) for number in re.findall(r"problem (\d+) · right: A · answered: B", page)]
+    assert shown == list(range(252, 132, -3)) and "85 of 254 answers are wrong; the 40 surest" in page
+    strict = Strict()
+    strict.feed(page)
+    assert not strict.open and "script" not in strict.seen and "img" not in strict.seen
+    assert 'href="answers.html"' in (base / "report" / "report.html").read_text()
+
+
+def test_answers_that_do_not_fit_their_summary_are_named_and_left_out(base):
+    write_eval(base)
+    write_answers(base, count=253)
+    report.main("generate", Config())
+    assert "holds 253 answers, its summary counts 254" in (base / "report" / "report.html").read_text()
+    assert "Question" not in (base / "report" / "answers.html").read_text()
+
+
+def test_accuracy_by_length_is_that_of_fifths_and_rl_telemetry_is_drawn(base):
+    write_eval(base, metrics={"accuracy": 2 / 3, "by_level": {"1": {"n": 85, "accuracy": 0.0, "ci_low": 0.0, "ci_high": 0.05},
+                                                              "2": {"n": 169, "accuracy": 1.0, "ci_low": 0.97, "ci_high": 1.0}}})
+    rows = write_answers(base)
+    points = fifths({"answers": rows})
+    assert [x for x, *_ in points] == [35, 85, 136, 187, 238] and all(0.6 < accuracy < 0.7 and low < accuracy < high for _, accuracy, low, high in points)
+    log_run("rl", 30, lambda step: {"rl/kl_sequence_mean": step / 10, "frac_reward_zero_std": 0.3, "rl/letter_pred_counts/A": step, "rl/letter_pred_counts/B": 30 - step})
+    report.main("generate", Config())
+    page = (base / "report" / "report.html").read_text()
+    assert all(words in page for words in ("Accuracy by level", "Accuracy by length of the answer", "What RL does to the policy", "letters answered"))
