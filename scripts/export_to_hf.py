@@ -12,7 +12,7 @@ from nanochat.common import base_dir, print0
 from nanochat.configurator import parse
 from nanochat.huggingface.exporting import command_line, export_checkpoint
 from nanochat.huggingface.hub import check_repo, push_folder
-from nanochat.huggingface.importing import install, known_stage, read_any
+from nanochat.huggingface.importing import install, known_stage, known_tag, read_any
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def import_folder(config):
         raise ValueError("--import reads a folder into the base directory and takes neither --output nor --push: export in a second command")
     imported = read_any(config.import_dir, config.tokenizer, config.step)
     stage = known_stage(imported, config.source)
-    tag = config.model_tag or imported.meta.get("model_tag") or f"d{imported.config.n_layer}"
+    tag = known_tag(imported, config.model_tag)
     folder = install(imported, stage, tag, config.overwrite)
     print0(f"{folder}: imported {config.import_dir} as {stage} {tag} at step {imported.meta.get('step', 0)}, "
            f"{sum(weight.numel() for weight in imported.weights.values()):,} parameters")

@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import FOLDERS, check_tokenizer, find_model_tag
 from nanochat.common import base_dir, print0
 from nanochat.configurator import parse
 from nanochat.huggingface.hub import check_repo, download, list_files, push_folder
-from nanochat.huggingface.importing import install, known_stage, read_any
+from nanochat.huggingface.importing import install, known_stage, known_tag, read_any
 from nanochat.tokenizer import get_tokenizer
 
 FOREIGN = re.compile(r"(config|generation_config|tokenizer|nanochat_meta|model\.safetensors\.index|meta_\d{6,})\.json"
@@ -71,7 +71,7 @@ def fetch(config):
         shutil.rmtree(cache)                            # what arrived damaged must not be taken for what is there already
         raise
     stage = known_stage(imported, config.source)
-    tag = config.save_as or config.model_tag or imported.meta.get("model_tag") or f"d{imported.config.n_layer}"
+    tag = known_tag(imported, config.save_as or config.model_tag)
     folder = install(imported, stage, tag, config.overwrite)
     shutil.rmtree(cache)
     print0(f"{folder}: {stage} {tag} at step {imported.meta.get('step', 0)}, fetched from {config.repo}")

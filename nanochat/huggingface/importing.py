@@ -94,7 +94,7 @@ def install(imported, stage, model_tag, overwrite=False):
     digest = write_tensors(folder / name, model.state_dict())
     config = meta.get("config") if isinstance(meta.get("config"), dict) else {"max_seq_len": imported.config.sequence_len, "mask_documents": False}
     state = {"step": step, "tokens": 0, "seconds": 0.0, "loader": {}, "extra": {}, **(meta.get("state") if isinstance(meta.get("state"), dict) else {})}
-    saved = {**meta, "stage": stage, "model_tag": model_tag, "step": step, "finished": True, "model_config": dataclasses.asdict(imported.config), "config": config,
+    saved = {**meta, "stage": stage, "model_tag": model_tag, "step": step, "finished": meta.get("finished", True), "model_config": dataclasses.asdict(imported.config), "config": config,
              "state": state, "tokenizer": imported.tokenizer.fingerprint, "world_size": meta.get("world_size", 1), "files": {name: digest}}
     write_atomic(folder / f"meta_{step:06d}.json", json.dumps(saved, indent=1))
     for pattern in ("meta_*.json", "model_*.pt", "optim_*.pt"):  # what was there goes last, the meta files first
@@ -107,6 +107,11 @@ def install(imported, stage, model_tag, overwrite=False):
 def known_stage(imported, stage):
     """The stage asked for, else the one that the checkpoint's own metadata names. ValueError where neither does."""
     stage = stage or imported.meta.get("stage")
-    if stage not in FOLDERS:
+    if not isinstance(stage, str) or stage not in FOLDERS:
         raise ValueError(f"the folder does not say which stage it is ({stage!r}): give one of {', '.join(FOLDERS)} by --source")
     return stage
+
+
+def known_tag(imported, model_tag):
+    """The model tag asked for, else the one in the checkpoint's own metadata, else one made of its depth."""
+    return model_tag or str(imported.meta.get("model_tag") or f"d{imported.config.n_layer}")
