@@ -284,23 +284,34 @@ def test_half_a_surrogate_pair_breaks_nothing(server):
     assert post(server, "/render", {"text": "\ud800 $\udfff$"}).status_code == 400 == post(server, TEXT, {"prompt": "x", "model": "\ud800"}).status_code
 
 
-def test_a_body_beyond_the_limit_is_not_read(server):
-    for headers, pieces in (({"content-length": str(2 << 20)}, []), ({}, [b"x" * (1 << 19)] * 6)):
-        connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=20)
-        try:
-            connection.putrequest("POST", CHAT)
-            for name, value in (headers or {"transfer-encoding": "chunked"}).items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            try:
-                for piece in pieces:
-                    connection.send(b"%x\r\n%s\r\n" % (len(piece), piece))
-            except OSError:
-                pass  # the server has closed: it need not read on
-            reply = connection.getresponse()
-            assert reply.status == 413 and json.loads(reply.read())["error"]["code"] == "body_too_large"
-        finally:
-            connection.close()
+@pytest.mark.parametrize("path, headers, status", [(CHAT, {}, 413), ("/nothing", {}, 413), (CHAT, {"host": "evil.test"}, 403), (CHAT, {"transfer-encoding": "chunked"}, 413)])
+def test_who_sends_too_much_is_told_so_and_may_go_on(server, path, headers, status):
+    """The reply reaches a client that is still sending, and the connection serves its next request."""
+    with httpx.Client(timeout=30) as client:
+        for size in (2 << 20, 9 << 20):
+            content = (b"x" * (1 << 16) for _ in range(size >> 16)) if "transfer-encoding" in headers else b"x" * size
+            reply = client.post(server.url + path, content=content, headers={"content-type": "application/json", **headers})
+            if (path, status) == ("/nothing", 413):
+                assert reply.status_code in (404, 413)
+            else:
+                assert reply.status_code == status and "error" in reply.json()
+            assert client.get(server.url + "/health").status_code == 200
+
+
+def test_a_body_without_end_is_refused_before_it_ends(server):
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=30)
+    try:
+        connection.putrequest("POST", CHAT)
+        connection.putheader("content-length", str(1 << 40))
+        connection.endheaders()
+        sent = 0
+        with pytest.raises(OSError):
+            while sent < 1 << 30:
+                connection.send(b"x" * (1 << 20))
+                sent += 1 << 20
+        assert sent < 256 << 20
+    finally:
+        connection.close()
 
 
 def test_only_those_with_the_key_are_served_and_only_from_here(folder, server, capsys):

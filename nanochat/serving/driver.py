@@ -192,8 +192,19 @@ class Driver(threading.Thread):
             self.outbox.append((job, error))
 
     def step(self, seat):
-        """One token more for every row of a seat."""
-        for event in seat.engine.step():
+        """One token more for every row of a seat. First tokens go out before the step that they would wait for."""
+        if self.waiting:
+            with torch.inference_mode():
+                self.take(seat, seat.engine.admit())
+            self.send()
+        self.take(seat, seat.engine.step())
+        if not seat.answers:
+            self.active.remove(seat)
+        self.count()
+
+    def take(self, seat, events):
+        """A step's events -> pieces for the jobs they belong to."""
+        for event in events:
             if event.id not in seat.answers:  # a stop string has ended it in this very step
                 continue
             job, index, answer = seat.answers[event.id]
@@ -209,9 +220,6 @@ class Driver(threading.Thread):
                 self.end(seat, event.id, "stop", text)
             elif job.streams and text:
                 self.outbox.append((job, Piece(index, text, *answer.release(finished=False), None)))
-        if not seat.answers:
-            self.active.remove(seat)
-        self.count()
 
     def end(self, seat, id, reason, text=""):
         job, index, answer = seat.answers.pop(id)

@@ -15,7 +15,9 @@ from nanochat.serving.protocol import ApiError
 OPEN_PATHS = ("/", "/health", "/favicon.ico")  # without the key: what a browser and a load balancer ask before they have one
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"cross-origin-resource-policy", b"same-origin")]
-BODY_SECONDS = 30.0  # for the whole body to arrive
+BODY_SECONDS = 30.0     # for the whole body to arrive
+DRAIN_BYTES = 16 << 20  # of a refused body that are read and forgotten
+DRAIN_SECONDS = 5.0
 
 
 class Guard:
@@ -47,11 +49,27 @@ class Guard:
                 raise too_large(self.max_body)
             return message
 
+        async def drain():
+            """A client that is still sending when the connection closes may never see the reply: so read on for a while."""
+            nonlocal is_complete
+            left = DRAIN_BYTES
+            try:
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    while not is_complete and left > 0:
+                        message = await receive()
+                        left -= len(message.get("body", b""))
+                        is_complete = not message.get("more_body", False)
+            except TimeoutError:
+                pass
+
         async def watched_send(message):
             nonlocal status
             if message["type"] == "http.response.start":
+                if not is_complete:
+                    await drain()
+                closing = [] if is_complete else [(b"connection", b"close")]
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+                message = {**message, "headers": [*message.get("headers", ()), *HEADERS, *closing]}
             await send(message)
 
         try:
@@ -105,6 +123,6 @@ def too_large(max_body):
 async def refuse(send, error):
     body = json.dumps(error.body).encode()
     headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": body})
