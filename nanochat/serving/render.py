@@ -14,6 +14,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 MAX_FORMULA = 2000  # characters
 MAX_NESTING = 50    # braces, \left and \begin inside one another
 MAX_BRACKETS = 500  # looking for a link's end costs the square of the open brackets: with more of them there are no links
+TIMES = re.compile(r"(?<=[\w)])\*(?=[\w(])")
 TEXT_TAGS = {"p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "em", "strong", "s", "del", "code", "pre", "blockquote", "ul", "ol", "li",
              "table", "thead", "tbody", "tr", "th", "td", "a", "span", "div", "sup", "sub"}
 # Presentation MathML. No annotation, semantics, mglyph or maction: they reach out of MathML or act.
@@ -43,6 +44,7 @@ def parser(has_links):
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True, "linkify": False, "maxNesting": 40}).enable(["table", "strikethrough"])
     markdown.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True, renderer=formula_of_options)
     markdown.inline.ruler.before("escape", "math_brackets", math_brackets)
+    markdown.inline.ruler.before("emphasis", "times", times)
     markdown.use(amsmath_plugin, renderer=lambda content: formula(content, True))
     markdown.disable(["image"] if has_links else ["image", "link", "reference"])
     for name, is_block in (("math_inline", False), ("math_single", False), ("math_block", True), ("math_block_eqno", True), ("math_inline_double", True)):
@@ -61,6 +63,16 @@ def math_brackets(state, silent):
         token = state.push("math_inline" if closing == "\\)" else "math_inline_double", "math", 0)
         token.content = state.src[state.pos + 2:end]
     state.pos = end + 2
+    return True
+
+
+def times(state, silent):
+    """The inline rule for the * of 4*7, which multiplies: two of them in a line are no emphasis."""
+    if not TIMES.match(state.src, state.pos):
+        return False
+    if not silent:
+        state.pending += "*"
+    state.pos += 1
     return True
 
 
