@@ -53,11 +53,11 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, settings=Settings(), pool_class=Pool, **limits):
+def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, settings=Settings(), pool_class=Pool, port=0, **limits):
     metrics = Metrics()
     pool = pool_class([COMPUTE] * workers, metrics, source, **limits)
     app = build_app(pool, settings, metrics, page, api_key, routers, log)
-    server = Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False, loop="asyncio", http="h11", timeout_graceful_shutdown=2, ws="none"))
+    server = Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, loop="asyncio", http="h11", timeout_graceful_shutdown=2, ws="none"))
     server.app, server.pool, server.metrics = app, pool, metrics
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
