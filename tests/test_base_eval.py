@@ -251,13 +251,12 @@ def test_a_folder_is_taken_as_it_is(tmp_path, empty_base):
 
 def test_a_bundle_on_the_hub_is_fetched_by_the_real_client(tmp_path):
     write_bundle(tmp_path / "repo")
-    code = "from nanochat.core_bundle import find_bundle, load_bundle\nprint(len(load_bundle(find_bundle('hub:me/core'))))"
+    code = ("from nanochat.core_bundle import find_bundle, load_bundle\nprint(len(load_bundle(find_bundle('hub:me/core'))), flush=True)\n"
+            "find_bundle('hub:me/none')")
     with FakeHub({"datasets/me/core": tmp_path / "repo"}) as hub:
         env = {**os.environ, **hub.env(tmp_path / "home"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
-        found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-        assert found.stdout.strip() == "3", found.stderr
-        missing = subprocess.run([sys.executable, "-c", code.replace("me/core", "me/none")], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-        assert "ValueError: the data set me/none cannot be fetched from the Hub" in missing.stderr
+        found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert found.stdout.strip() == "3" and "ValueError: the data set me/none cannot be fetched from the Hub" in found.stderr, found.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
