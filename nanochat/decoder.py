@@ -28,8 +28,7 @@ class Packed:
     def refresh(self):
         sources = [weight.detach() for weight in self.sources]
         self.weight = sources[0] if len(sources) == 1 else torch.cat(sources)
-        can_pack = self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.blocks = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32) if can_pack else None
+        self.blocks = torch.ops.mkldnn._reorder_linear_weight(self.weight, 32) if can_pack(self.weight) else None
         # One float32 row is read too fast for oneDNN's entry to pay, unless the matrix is large.
         self.least_rows = 2 if self.weight.dtype == torch.float32 and self.weight.numel() < 2**20 else 1
 
@@ -37,6 +36,12 @@ class Packed:
         if self.blocks is None or x.size(0) < self.least_rows:
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
+
+
+def can_pack(weight):
+    """True where oneDNN has kernels for this weight: x86 with AVX; bfloat16 where the processor multiplies it."""
+    is_x86 = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return is_x86 and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Decoder:
@@ -59,8 +64,8 @@ class Decoder:
             packed.refresh()
 
     def norm(self, x):
-        if x.dtype != torch.float32:
-            return norm(x)  # in float32 inside, rounded once
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return norm(x)  # in float32 inside, rounded once; on a GPU one kernel
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * torch.addcmul(self.epsilon, length, length, value=1 / x.size(-1)).rsqrt_()
 
@@ -88,7 +93,7 @@ class Decoder:
         return y.reshape(B * T, H * D)
 
     def attend_fused(self, layer, qkv, turn, kv_cache, B, T):
-        return fused_kernel()(qkv, turn, kv_cache.keys[layer], kv_cache.values[layer], kv_cache.fed[:, 0], kv_cache.reach, self.H)
+        return fused_kernel(self.H, self.Hkv, self.D)(qkv, turn, kv_cache.keys[layer], kv_cache.values[layer], kv_cache.fed[:, 0], kv_cache.reach)
 
     def raw_logits(self, hidden):
         """(n, C) -> (n, V) before the soft-cap."""
@@ -106,17 +111,21 @@ def relu_squared_(x):
 
 
 @lru_cache
-def fused_kernel():
-    return torch.compile(attend_step, dynamic=True)
+def fused_kernel(H, Hkv, D):
+    """`attend_step` of these heads, compiled once for any number of rows and positions."""
+    def attend(*arguments):
+        return attend_step(H, Hkv, D, *arguments)
+    return torch.compile(attend, dynamic=True)
 
 
-def attend_step(qkv, turn, keys, values, positions, reach, H):
+def attend_step(H, Hkv, D, qkv, turn, keys, values, positions, reach):
     """One new token per row: qkv (B, (H + 2 Hkv) * D), keys and values (rows, Hkv, capacity, D), positions (B,) -> (B, H * D).
 
     Writes the new key and value; a row looks at its first positions + 1 of the `reach` that are read. Sums of products, not
     matrix products: with one query per row the cache's memory is what costs, and a fused loop streams it once.
     """
-    B, Hkv, D = qkv.size(0), keys.size(1), keys.size(3)
+    assert keys.shape[1] == Hkv and keys.shape[3] == D  # known to the compiler from here on
+    B = qkv.size(0)
     qkv = qkv.view(B, H + 2 * Hkv, D)
     first, second = qkv[:, :H + Hkv].chunk(2, dim=2)
     qk = norm(qkv[:, :H + Hkv] * turn[:, 0] + torch.cat((second, first), dim=2) * turn[:, 1])

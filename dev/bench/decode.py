@@ -4,10 +4,12 @@
 
 Three loads: "equal" prompts of `--prompt-tokens`; "ragged" ones between a quarter of that and twice as many; and "uneven", ragged
 prompts whose answers also end at different places, as answers do (an eighth of `--new-tokens` to all of them; Hugging Face computes
-until the longest is done, and only wanted tokens count). Greedy for both, unless `--sample`. Hugging Face pads on the left. The best
-of `--repeats` runs, taken in turns, so that a busy machine hurts both. The last line is JSON.
+until the longest is done, and only wanted tokens count). Greedy for both, unless `--sample`. Hugging Face pads on the left. "fused" is
+our engine with `compiled=True`. The runs are taken in turns, so that a busy machine hurts all; a ratio is the median over the turns, a
+speed the best of them. The last line is JSON.
 """
 import json
+import os
 import random
 import statistics
 import sys
@@ -21,6 +23,7 @@ import torch  # noqa: E402
 
 from nanochat.common import Compute, compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
+from nanochat.decoder import FEW_ROWS  # noqa: E402
 from nanochat.engine import Engine, Request  # noqa: E402
 from nanochat.gpt import GPT, config_from_depth  # noqa: E402
 
@@ -37,10 +40,12 @@ class Config:
     dtypes: tuple[str, ...] = ("float32", "")  # number formats ("" = the machine's default)
     prompt_tokens: int = 64                   # length of the equal prompts
     new_tokens: int = 128                     # tokens to generate per row
-    repeats: int = 3                          # runs of each; the best counts
+    repeats: int = 5                          # runs of each, taken in turns
     threads: int = 2                          # of a CPU
+    clock: str = "wall"                       # wall, or cpu: seconds of processor time, for a CPU that others use too (with threads=1)
     sample: bool = False                      # both sample at temperature 1 instead of greedily
     peer: bool = True                         # measure Hugging Face too
+    fused: bool = True                        # measure our engine with compiled=True too (on a CPU)
 
 
 class Numbers:
@@ -84,12 +89,15 @@ def build(config, dtype, device):
     return model, peer.to(device, dtype).eval()
 
 
-def timed(run, compute):
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def timed(run, compute, clock):
     compute.synchronize()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     tokens = run()
     compute.synchronize()
-    return tokens / (time.perf_counter() - start)
+    return tokens / (CLOCKS[clock]() - start)
 
 
 def ours(engine, prompts, wanted, config):
@@ -121,7 +129,7 @@ def main(config):
                 results.append(measure(config, compute, model, peer, batch, kind))
                 print({name: value for name, value in results[-1].items() if name != "runs"}, flush=True)
     print(json.dumps({"depth": config.depth, "vocab_size": config.vocab_size, "device": str(compute.device), "threads": config.threads,
-                      "torch": torch.__version__, "results": results}))
+                      "clock": config.clock, "torch": torch.__version__, "results": results}))
 
 
 def measure(config, compute: Compute, model, peer, batch, kind):
@@ -130,21 +138,22 @@ def measure(config, compute: Compute, model, peer, batch, kind):
     lengths = [config.prompt_tokens if kind == "equal" else draw.randint(config.prompt_tokens // 4, 2 * config.prompt_tokens) for _ in range(batch)]
     prompts = [[draw.randrange(1, config.vocab_size - len(MARKERS)) for _ in range(length)] for length in lengths]
     wanted = [draw.randint(config.new_tokens // 8, config.new_tokens) if kind == "uneven" else config.new_tokens for _ in range(batch)]
-    engine = Engine(model, Numbers(config.vocab_size), max_rows=batch)
-    runs = {"ours": lambda: ours(engine, prompts, wanted, config)}
+    engines = {"ours": Engine(model, Numbers(config.vocab_size), max_rows=batch)}
+    if config.fused and compute.device.type == "cpu" and batch >= FEW_ROWS:
+        engines["fused"] = Engine(model, Numbers(config.vocab_size), max_rows=batch, compiled=True)
+    runs = {name: lambda engine=engine: ours(engine, prompts, wanted, config) for name, engine in engines.items()}
     if peer is not None:
         runs["transformers"] = lambda: theirs(peer, prompts, wanted, config, compute.device)
     speeds = {name: [] for name in runs}
     for _ in range(config.repeats + 1):
         for name, run in runs.items():
-            speeds[name].append(timed(run, compute))
-    best = {name: round(max(values[1:])) for name, values in speeds.items()}  # the first run warms up
-    result = {"dtype": str(compute.dtype)[6:], "batch": batch, "lengths": kind, **best,
-              "runs": {name: [round(value) for value in values[1:]] for name, values in speeds.items()}}
+            speeds[name].append(timed(run, compute, config.clock))
+    speeds = {name: values[1:] for name, values in speeds.items()}  # the first run warms up, and compiles
+    result = {"dtype": str(compute.dtype)[6:], "batch": batch, "lengths": kind, **{name: round(max(values)) for name, values in speeds.items()}}
     if peer is not None:
-        result["ratio"] = round(best["ours"] / best["transformers"], 2)
-        result["median_ratio"] = round(statistics.median(speeds["ours"][1:]) / statistics.median(speeds["transformers"][1:]), 2)
-    return result
+        for name in engines:
+            result[f"ratio {name}"] = round(statistics.median(mine / other for mine, other in zip(speeds[name], speeds["transformers"])), 2)
+    return {**result, "load": round(os.getloadavg()[0], 1), "runs": {name: [round(value) for value in values] for name, values in speeds.items()}}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ float32 unless `--peer-bf16`). Its AdamW is cheaper than our Muon; `--optimizer=
 difference between the log-probabilities of sampler and trainer is asserted to be 1e-5 at most. The last line is JSON.
 """
 import json
+import os
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,7 @@ class Config:
     lengths: tuple[str, ...] = ("equal", "varying")  # loads to measure
     dtypes: tuple[str, ...] = ("float32", "")  # ours ("" = the machine's default)
     threads: int = 2                           # of a CPU
+    clock: str = "wall"                        # wall, or cpu: seconds of processor time, for a CPU that others use too (with threads=1)
     rounds: int = 6                            # measured steps of each
     compiled: bool = True                      # our attention while sampling, and our gradient pass at equal lengths
     shared: bool = True                        # our gradient pass computes a prompt once per group (False = once per sample)
@@ -115,7 +116,7 @@ class Ours:
 
     def clock(self):
         self.compute.synchronize()
-        return time.perf_counter()
+        return decode.CLOCKS[self.config.clock]()
 
 
 def run_trl(config, peer, prompts, stops, after_step):
@@ -128,15 +129,15 @@ def run_trl(config, peer, prompts, stops, after_step):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0", eos_token=f"t{config.vocab_size - 1}")
     peer.generation_config.eos_token_id = sorted(stops) or None
-    rows = config.prompts * config.samples
+    rows, clock = config.prompts * config.samples, decode.CLOCKS[config.clock]
     seconds, spent = [], {"generate": 0.0}
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            spent["begun"], spent["generate"] = time.perf_counter(), 0.0
+            spent["begun"], spent["generate"] = clock(), 0.0
 
         def on_step_end(self, *args, **kwargs):
-            step = time.perf_counter() - spent["begun"]
+            step = clock() - spent["begun"]
             seconds.append({"step": step, "generate": spent["generate"], "gradient_and_update": step - spent["generate"], "tokens": spent["tokens"]})
             after_step()
 
@@ -151,9 +152,9 @@ def run_trl(config, peer, prompts, stops, after_step):
         generate = trainer._generate_single_turn
 
         def timed(*args, **kwargs):
-            begun = time.perf_counter()
+            begun = clock()
             result = generate(*args, **kwargs)
-            spent["generate"] += time.perf_counter() - begun
+            spent["generate"] += clock() - begun
             spent["tokens"] = sum(map(len, result[0]))
             return result
         trainer._generate_single_turn = timed
@@ -195,7 +196,7 @@ def measure(config, compute, kind):
         for _ in range(config.rounds + 2):
             all_ours()
     runs.update({f"ours {name}": step.seconds for name, step in ours.items()})
-    result = {"lengths": kind, "seconds": {name: {part: round(statistics.median(step[part] for step in steps[2:]), 4) for part in steps[0]}
+    result = {"lengths": kind, "load": round(os.getloadavg()[0], 1), "seconds": {name: {part: round(statistics.median(step[part] for step in steps[2:]), 4) for part in steps[0]}
                                            for name, steps in runs.items()}}
     for name in ours:
         result[f"largest log-prob difference, {name}"] = ours[name].largest_difference
