@@ -75,7 +75,8 @@ def accuracies(tasks, weights, engine, tokenizer, compute, max_problems, max_new
     if len(found) == 1:
         return next(iter(found.values()))
     of_each = {key.replace("eval/", f"eval/{name}/", 1): value for name, metrics in found.items() for key, value in metrics.items()}
-    return {"eval/accuracy": sum(weights[name] * metrics["eval/accuracy"] for name, metrics in found.items()), **of_each}
+    shared = [key for key in next(iter(found.values())) if key == "eval/accuracy" or "@" in key and all(key in metrics for metrics in found.values())]
+    return {key: sum(weights[name] * metrics[key] for name, metrics in found.items()) for key in shared} | of_each
 
 
 class Problem(NamedTuple):

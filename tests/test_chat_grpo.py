@@ -173,10 +173,10 @@ def test_letter_metrics_are_logged_where_completions_reach_the_letter(sft, monke
 
 @pytest.mark.skipif(not (DATA / "aqua").is_dir() or not (DATA / "gsm8k").is_dir(), reason="no shared data")
 def test_real_aqua_and_gsm8k_are_mixed(sft):
-    run_grpo(tasks="AQUA:0.5,GSM8K:0.5", data_dir=str(DATA), num_steps=1, max_prompt_tokens=150, kl_every=1, eval_every=1)
+    run_grpo(tasks="AQUA:0.5,GSM8K:0.5", data_dir=str(DATA), num_steps=1, max_prompt_tokens=150, kl_every=1, eval_every=1, eval_samples=2)
     metrics = logged(sft)[0]
     assert metrics["task/AQUA/rollouts"] + metrics["task/GSM8K/rollouts"] == 16 or metrics["rl/groups"] < 4
-    assert {"eval/AQUA/accuracy", "eval/GSM8K/accuracy", "eval/accuracy", "kl"} <= metrics.keys()
+    assert {"eval/AQUA/accuracy", "eval/GSM8K/accuracy", "eval/accuracy", "eval/pass@2", "eval/maj@2", "kl"} <= metrics.keys()
 
 
 def test_the_reference_may_be_another_checkpoint(sft):

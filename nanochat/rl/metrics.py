@@ -20,10 +20,6 @@ def rollout_metrics(groups, compute, extract, letters, num_samples=None, by_task
     metrics = {
         "rl/acc": sum(one["correct"] for one in rollouts) / count,
         "rl/mean_reward": mean_reward,
-        "reward": mean_reward,
-        "reward_std": (sum((reward - mean_reward) ** 2 for reward in rewards) / count) ** 0.5,
-        "reward_min": min(rewards),
-        "reward_max": max(rewards),
         "frac_reward_zero_std": sum(one["no_signal"] for one in rollouts) / count,
         "rl/pass@group": sum(share > 0 for share in right) / len(right),
         "rl/groups": len(gathered),
@@ -31,6 +27,10 @@ def rollout_metrics(groups, compute, extract, letters, num_samples=None, by_task
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(one["truncated"] for one in rollouts) / count,
+        "reward": mean_reward,
+        "reward_std": (sum((reward - mean_reward) ** 2 for reward in rewards) / count) ** 0.5,
+        "reward_min": min(rewards),
+        "reward_max": max(rewards),
     }
     if num_samples:
         metrics["completions/unjudged"] = num_samples * len(gathered) - count
