@@ -95,10 +95,11 @@ def main(config):
     port = listener.getsockname()[1]
     shown = f"[{config.host}]" if ":" in config.host else config.host
     print0(f"{name} on {', '.join(str(compute.device) for compute in computes)}: http://{shown}:{port}/ (API under /v1; Ctrl-C ends it)")
+    # Clients keep idle connections for 5 s or so: the server must not be the one that closes them, just as a request comes.
     # uvicorn raises the signal that ended it once more: here that does nothing, and the program ends with status 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5, server_header=False, http="h11",
+    server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=75, server_header=False, http="h11",
                                            h11_max_incomplete_event_size=1 << 16, loop="asyncio", ws="none"))
     asyncio.run(server.serve(sockets=[listener]))
 

@@ -57,7 +57,8 @@ def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, s
     metrics = Metrics()
     pool = pool_class([COMPUTE] * workers, metrics, source, **limits)
     app = build_app(pool, settings, metrics, page, api_key, routers, log)
-    server = Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, loop="asyncio", http="h11", timeout_graceful_shutdown=2, ws="none"))
+    server = Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, loop="asyncio", http="h11", timeout_graceful_shutdown=2,
+                                   timeout_keep_alive=75, ws="none"))
     server.app, server.pool, server.metrics = app, pool, metrics
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()

@@ -59,7 +59,8 @@ def expected_answers(engine, count, seed=0):
 async def storm(url, work, requests, clients, seed=0, cancelled=0.2, malformed=0.05):
     """-> Counter of what happened. AssertionError at the first wrong answer."""
     draw, seen, gate = random.Random(seed), Counter(), asyncio.Semaphore(clients)
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    # With its 5 s, on a busy machine, httpx closes idle connections that it has just given to a request
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients, keepalive_expiry=60)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers={"content-type": "application/json"}) as client:
         async def one(kind, path, body, text, stream, patience):
             async with gate:
