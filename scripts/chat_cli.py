@@ -13,7 +13,9 @@ from nanochat.common import base_dir, compute_cleanup, compute_init, write_atomi
 from nanochat.configurator import parse
 from nanochat.engine import Engine, TextStream, message_parts
 from nanochat.run_logger import visible
+from nanochat.tokenizer import SPECIAL_TOKENS
 
+MARKS = {"<|python_start|>": "`", "<|python_end|>": "`", "<|output_start|>": " = `", "<|output_end|>": "` "}  # how a tool call is shown
 COMMANDS = """/clear        forget the conversation
 /save FILE    write the conversation to FILE as one line of JSON
 /retry        another answer to the last question
@@ -42,6 +44,7 @@ class Chat:
     def __init__(self, engine, config, write=print):
         self.engine, self.config, self.write = engine, config, write
         self.messages, self.temperature, self.seed = [], config.temperature, config.seed
+        self.marks = {engine.tokenizer.encode_special(name): MARKS.get(name, "") for name in SPECIAL_TOKENS}
 
     def ask(self, text):
         """Put a question and write the answer as it comes; both join the conversation, unless the answer is empty."""
@@ -50,11 +53,10 @@ class Chat:
         try:
             prompt = self.prompt()
             stream = TextStream(self.engine.tokenizer)
-            for token, is_forced in self.engine.stream(prompt, max_new_tokens=self.config.max_new_tokens, temperature=self.temperature,
+            for token, _ in self.engine.stream(prompt, max_new_tokens=self.config.max_new_tokens, temperature=self.temperature,
                                                        top_k=self.config.top_k, seed=self.seed):
                 tokens.append(token)
-                if is_forced or token not in self.engine.stops:
-                    self.write(visible(stream.add(token)), end="", flush=True)
+                self.write(self.marks[token] if token in self.marks else visible(stream.add(token)), end="", flush=True)
             self.write(visible(stream.flush()))
         except KeyboardInterrupt:
             self.write(" [stopped]")

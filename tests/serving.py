@@ -1,6 +1,7 @@
 """A base directory with tiny models of every stage, and the server over it in a thread of the test's own process."""
 import asyncio
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.app import Settings, build_app
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.pool import Pool
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.training import LoopState
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32)
@@ -42,6 +43,21 @@ def make_base(folder, stages=("base", "mid", "sft", "rl"), sequence_len=96, n_la
             for i in range(10, 20)]
     (folder / "aqua").mkdir()
     (folder / "aqua" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SPECIAL = "|".join(map(re.escape, SPECIAL_TOKENS))
+CALL = "|".join(rf"<\|{kind}_start\|>(?:(?!{SPECIAL}).)*<\|{kind}_end\|>" for kind in ("python", "output"))
+
+
+def said(completion):
+    """What a chat shows of an engine's Completion: whole calls and the names of special tokens taken out of its text."""
+    return re.sub(SPECIAL, "", re.sub(CALL, "", completion.text, flags=re.DOTALL))
+
+
+def written(tokenizer, completion):
+    """What a text completion shows of it: the bytes of all but special tokens."""
+    special = set(tokenizer.special_ids.values())
+    return b"".join(tokenizer.id_to_bytes(token) for token in completion.tokens if token not in special).decode("utf-8", errors="replace")
 
 
 class Server(uvicorn.Server):

@@ -100,6 +100,13 @@ def test_what_steers_a_terminal_is_not_passed_on():
     assert "\x1b" not in "".join(written) and "\x07" not in "".join(written) and "ok\n" in "".join(written)
 
 
+def test_a_tool_call_is_shown_and_special_tokens_are_not():
+    chat, written = talk([*b"so ", PYTHON_START, *b"12/60", PYTHON_END, OUTPUT_START, *b"0.2", OUTPUT_END, *b"cents", 257, END])
+    chat.ask("q")
+    assert "".join(written) == "so `12/60` = `0.2` cents\n"
+    assert [part["type"] for part in chat.messages[-1]["content"]] == ["text", "python", "python_output", "text"]
+
+
 def test_the_oldest_exchanges_go_when_the_context_is_full():
     chat, _ = talk([*b"a" * 20, END])
     for question in "xyz":

@@ -12,7 +12,7 @@ import pytest
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine, Request
-from nanochat.serving import driver, text as serving_text
+from nanochat.serving import completions, driver
 from nanochat.serving.render import render
 from scripts import chat_web
 from tests.serving import make_base, serve, wait_until_idle
@@ -108,7 +108,7 @@ def slow_engines(monkeypatch, seconds=0.05):
 def answers_say(monkeypatch, said):
     """The models' tokens become the pieces of `said`, whatever they are; all else is as ever."""
     class Saying:
-        def __init__(self, tokenizer):
+        def __init__(self, tokenizer, hides_tools):
             self.place = count()
 
         def add(self, token):
@@ -117,7 +117,7 @@ def answers_say(monkeypatch, said):
 
         def flush(self):
             return said[5 * next(self.place):]
-    monkeypatch.setattr(serving_text, "TextStream", Saying)
+    monkeypatch.setattr(completions, "Speech", Saying)
     monkeypatch.setattr(driver, "message_parts", lambda *_: [])
 
 

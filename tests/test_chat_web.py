@@ -21,8 +21,9 @@ from nanochat.engine import Engine, Request, message_parts
 from nanochat.serving.app import Settings
 from nanochat.serving.pool import Pool
 from nanochat.serving.text import token_text
+from nanochat.tokenizer import SPECIAL_TOKENS
 from scripts import chat_web
-from tests.serving import make_base, serve, wait_until_idle
+from tests.serving import SPECIAL, make_base, said, serve, wait_until_idle, written
 
 QUESTION = [{"role": "user", "content": "How many cups in all?"}]
 
@@ -74,11 +75,11 @@ def alone(engine, prompt, **settings):
 def test_the_openai_client_gets_what_the_engine_says(client, engine):
     (expected,) = alone(engine, engine.tokenizer.render_prompt(QUESTION))
     whole = client.chat.completions.create(model="rl", messages=QUESTION, temperature=0, max_tokens=20)
-    assert whole.choices[0].message.content == expected.text and whole.choices[0].finish_reason == expected.finish_reason
+    assert whole.choices[0].message.content == said(expected) and whole.choices[0].finish_reason == expected.finish_reason
     assert whole.usage.completion_tokens == len(expected.tokens) and whole.usage.prompt_tokens == len(engine.tokenizer.render_prompt(QUESTION))
     chunks = list(client.chat.completions.create(model="rl/d2", messages=QUESTION, temperature=0, max_completion_tokens=20, stream=True,
                                                  stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected.text
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said(expected)
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == expected.finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert len({chunk.id for chunk in chunks}) == 1
@@ -88,13 +89,13 @@ def test_samples_are_those_of_the_seed(client, engine):
     expected = alone(engine, engine.tokenizer.render_prompt(QUESTION), num_samples=3, temperature=0.9, top_k=40, top_p=0.95, seed=7)
     settings = {"model": "rl/d2/5", "messages": QUESTION, "n": 3, "temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 20, "extra_body": {"top_k": 40}}
     whole = client.chat.completions.create(**settings)
-    assert [choice.message.content for choice in whole.choices] == [completion.text for completion in expected]
+    assert [choice.message.content for choice in whole.choices] == list(map(said, expected))
     texts, finishes = ["", "", ""], {}
     for chunk in client.chat.completions.create(**settings, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
         if chunk.choices[0].finish_reason:
             finishes[chunk.choices[0].index] = chunk.choices[0].finish_reason
-    assert texts == [completion.text for completion in expected] and finishes == {i: one.finish_reason for i, one in enumerate(expected)}
+    assert texts == list(map(said, expected)) and finishes == {i: one.finish_reason for i, one in enumerate(expected)}
     assert len({choice.message.content for choice in client.chat.completions.create(model="rl", messages=QUESTION, n=8, temperature=2).choices}) > 1
 
 
@@ -102,8 +103,8 @@ def test_samples_are_those_of_the_seed(client, engine):
 def test_a_stop_string_is_never_seen(client, engine, stream):
     (expected,) = alone(engine, engine.tokenizer.render_prompt(QUESTION), max_new_tokens=40)
     for length in (1, 2, 5):
-        stop = expected.text[8:8 + length]
-        cut = expected.text[:expected.text.index(stop)]
+        stop = said(expected)[8:8 + length]
+        cut = said(expected)[:said(expected).index(stop)]
         for given in (stop, ["never there", stop]):
             answer = client.chat.completions.create(model="rl", messages=QUESTION, temperature=0, max_tokens=40, stop=given, stream=stream)
             if stream:
@@ -137,7 +138,7 @@ def test_a_conversation_goes_on_with_its_tool_calls(server, engine):
     reply = post(server, "/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 6}).json()
     as_ours = [{"role": "system", "content": "Be brief."}, *QUESTION, {"role": "assistant", "content": parts}, {"role": "user", "content": "and?"}]
     prompt = engine.tokenizer.render_prompt(as_ours)
-    assert reply["usage"]["prompt_tokens"] == len(prompt) and reply["choices"][0]["message"]["content"] == alone(engine, prompt, max_new_tokens=6)[0].text
+    assert reply["usage"]["prompt_tokens"] == len(prompt) and reply["choices"][0]["message"]["content"] == said(alone(engine, prompt, max_new_tokens=6)[0])
 
 
 def test_an_answer_with_a_tool_call_has_its_parts(server, engine):
@@ -152,11 +153,17 @@ def test_an_answer_with_a_tool_call_has_its_parts(server, engine):
     assert calls, "no sample calls a tool"
     body = {"messages": QUESTION, "temperature": 2, "seed": seed, "max_tokens": 60, "top_k": 0, "n": calls[0] + 1}
     message = post(server, "/v1/chat/completions", body).json()["choices"][calls[0]]["message"]
-    assert message["parts"] == parts[calls[0]] and message["content"] == completions[calls[0]].text
+    assert message["parts"] == parts[calls[0]] and message["content"] == said(completions[calls[0]])
+    assert not re.search(SPECIAL, message["content"])
+    raw = post(server, "/v1/chat/completions", {**body, "skip_special_tokens": False}).json()["choices"][calls[0]]["message"]
+    assert raw["content"] == completions[calls[0]].text and "<|python_start|>" in raw["content"]
+    scored = post(server, "/v1/chat/completions", {**body, "logprobs": True}).json()["choices"][calls[0]]
+    assert [entry["token"] for entry in scored["logprobs"]["content"]] == [token_text(engine.tokenizer, token) for token in completions[calls[0]].tokens]
     events = post(server, "/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     choices = [json.loads(event[6:])["choices"][0] for event in events[:-2]]
     assert [choice["delta"]["parts"] for choice in choices if choice["index"] == calls[0] and choice["finish_reason"]] == [parts[calls[0]]]
+    assert "".join(choice["delta"].get("content", "") for choice in choices if choice["index"] == calls[0]) == message["content"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def test_an_answer_with_a_tool_call_has_its_parts(server, engine):
 def test_prompts_may_be_text_or_ids_one_or_many(client, engine):
     texts = ["Ann has", "10*8="]
     ids = [engine.tokenizer.encode(text, prepend="<|bos|>") for text in texts]
-    expected = [alone(engine, prompt, max_new_tokens=9)[0].text for prompt in ids]
+    expected = [written(engine.tokenizer, alone(engine, prompt, max_new_tokens=9)[0]) for prompt in ids]
     for prompt, wanted in ((texts[0], expected[:1]), (texts, expected), (ids[0], expected[:1]), (ids, expected)):
         reply = client.completions.create(model="rl", prompt=prompt, temperature=0, max_tokens=9)
         assert [choice.text for choice in reply.choices] == wanted and [choice.index for choice in reply.choices] == list(range(len(wanted)))
@@ -208,9 +215,9 @@ def test_echoed_prompts_are_scored_token_by_token(server, engine, settings):
         assert said["token_logprobs"][1:] == pytest.approx([expected[t - 1, tokens[t]].item() for t in range(1, len(tokens))], abs=1e-4)
         for t in range(1, len(tokens)):
             assert (max(said["top_logprobs"][t].values()) == said["token_logprobs"][t]) == (expected[t - 1].argmax().item() == tokens[t])
-        assert choice["text"] == engine.tokenizer.decode(prompt) + (generated.text if generated else "")
+        assert choice["text"] == engine.tokenizer.decode(prompt) + (written(engine.tokenizer, generated) if generated else "")
         for token, offset, text in zip(tokens, said["text_offset"], said["tokens"]):
-            if not text.startswith("bytes:") and token not in engine.stops:
+            if not text.startswith("bytes:") and text not in SPECIAL_TOKENS:
                 assert choice["text"][offset:offset + len(text)] == text
 
 
@@ -404,13 +411,13 @@ def test_a_full_queue_says_when_to_come_back_and_health_answers_meanwhile(folder
             metrics = httpx.get(server.url + "/metrics").text
             assert 'nanochat_rows{worker="0"} 2' in metrics and 'nanochat_queue{worker="0"} 2' in metrics
             texts = {future.result().json()["choices"][0]["text"] for future in running}
-        assert texts == {alone(engine, engine.tokenizer.encode(text, prepend="<|bos|>"), max_new_tokens=40)[0].text}
+        assert texts == {written(engine.tokenizer, alone(engine, engine.tokenizer.encode(text, prepend="<|bos|>"), max_new_tokens=40)[0])}
         assert post(server, TEXT, {**body, "n": 5}).status_code == 400, "what never fits is not asked to come back"
 
 
 def test_a_request_whose_time_is_up_ends_with_what_it_has(folder, engine, monkeypatch):
     text = endless(engine)
-    whole = alone(engine, engine.tokenizer.encode(text, prepend="<|bos|>"), max_new_tokens=90)[0].text
+    whole = written(engine.tokenizer, alone(engine, engine.tokenizer.encode(text, prepend="<|bos|>"), max_new_tokens=90)[0])
     slow_engines(monkeypatch)
     with serve(settings=Settings(timeout_s=1.0), max_rows=1) as server:
         body = {"prompt": text, "temperature": 0, "max_tokens": 90}

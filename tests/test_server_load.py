@@ -16,7 +16,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine, Request
 from scripts import chat_web
-from tests.serving import make_base, serve, wait_until_idle
+from tests.serving import make_base, said, serve, wait_until_idle, written
 
 MALFORMED = [("/v1/chat/completions", b"{", 400), ("/v1/chat/completions", b'{"messages": []}', 400), ("/v1/completions", b'{"prompt": [[100000]]}', 400),
              ("/v1/completions", b'{"prompt": "x", "temperature": -1}', 400), ("/v1/completions", b'{"prompt": "x", "model": "none"}', 404),
@@ -52,7 +52,8 @@ def expected_answers(engine, count, seed=0):
             messages = [{"role": "user", "content": words}]
             path, body, prompt = "/v1/chat/completions", {"messages": messages}, engine.tokenizer.render_prompt(messages)
         ((completion,),) = engine.generate([Request(prompt, max_new_tokens=most, temperature=0.0)])
-        work.append((path, {**body, "temperature": 0, "max_tokens": most}, completion.text))
+        text = written(engine.tokenizer, completion) if i % 2 else said(completion)
+        work.append((path, {**body, "temperature": 0, "max_tokens": most}, text))
     return work
 
 
@@ -226,9 +227,9 @@ def test_lm_evaluation_harness_scores_as_computed_directly(engine, tmp_path, mon
         result = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=tasks, task_manager=manager, bootstrap_iters=0, **settings)
         return {task: [sample["resps"] for sample in sorted(result["samples"][task], key=lambda sample: sample["doc_id"])] for task in tasks}, result["results"]
 
-    def greedy(prompt):
+    def greedy(prompt, is_chat=False):
         ((completion,),) = engine.generate([Request(prompt, max_new_tokens=12, temperature=0.0)])
-        return re.split("\n|e", completion.text, maxsplit=1)[0]
+        return re.split("\n|e", said(completion) if is_chat else written(tokenizer, completion), maxsplit=1)[0]
 
     tokenizer = engine.tokenizer
     with serve() as server:
@@ -251,5 +252,5 @@ def test_lm_evaluation_harness_scores_as_computed_directly(engine, tmp_path, mon
             print(f"batch size {batch_size}: acc {correct / len(rows):.4f}, the same directly")
         samples, _ = run("local-chat-completions", "/v1/chat/completions", ["our_gen"], apply_chat_template=True)
         for row, generated in zip(rows, samples["our_gen"]):
-            assert generated == [[greedy(tokenizer.render_prompt([{"role": "user", "content": row["question"]}]))]]
+            assert generated == [[greedy(tokenizer.render_prompt([{"role": "user", "content": row["question"]}]), is_chat=True)]]
         wait_until_idle(server)

@@ -11,15 +11,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine import Engine, Request
+from nanochat.engine import Engine, Request, TextStream, message_parts
 from nanochat.serving import scoring
 from nanochat.serving.generate import Choice
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.page import Page
 from nanochat.serving.protocol import ApiError
 from nanochat.serving.render import ATTRIBUTES, MATH_TAGS, TEXT_TAGS, render
-from nanochat.serving.text import Answer, StopText, text_offsets, token_text
-from tests.test_engine import END, ByteTokenizer, make_model, prompts
+from nanochat.serving.text import Answer, Speech, StopText, text_offsets, token_text
+from nanochat.tokenizer import SPECIAL_TOKENS
+from tests.test_engine import END, OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START, ByteTokenizer, make_model, prompts
 
 short = st.text("ab\n", max_size=12)
 
@@ -51,7 +52,7 @@ def test_a_stop_string_cuts_at_the_same_place_however_the_text_comes(pieces, sto
 @example("é東🙂".encode(), [])
 @example(b"ab\xe6\x9d", ["b\ufffd"])
 def test_an_answer_is_its_bytes_decoded_and_cut_and_every_token_has_its_place(data, stops):
-    answer, shown, released = Answer(ByteTokenizer(), stops), "", []
+    answer, shown, released = Answer(TextStream(ByteTokenizer()), stops), "", []
     for byte in data:
         shown += answer.add(byte)
         if answer.is_cut:
@@ -71,6 +72,39 @@ def test_offsets_count_characters_and_tokens_have_distinct_names():
     assert text == "aé東b" and offsets == [0, 1, 1, 2, 2, 2, 3]
     names = [token_text(ByteTokenizer(), token) for token in range(265)]
     assert len(set(names)) == 265 and names[97] == "a" and names[0xe2] == "bytes:\\xe2" and names[END] == "<|assistant_end|>"
+
+
+CALL = [PYTHON_START, *b"1+1", PYTHON_END, OUTPUT_START, *b"2", OUTPUT_END]
+
+
+def spoken(tokens, hides_tools):
+    """All that is shown of tokens."""
+    speech = Speech(ByteTokenizer(), hides_tools)
+    pieces = [speech.add(token) for token in tokens]
+    return "".join([*pieces, speech.flush()])
+
+
+@pytest.mark.parametrize("tokens, chat, text", [
+    ([*b"so ", *CALL, *b"two"], "so two", "so 1+12two"), (CALL, "", "1+12"), ([256, *b"a", 257], "a", "a"),
+    ([*b"a", PYTHON_START, *b"1+"], "a1+", "a1+"),                                      # the answer ends inside of a call
+    ([PYTHON_START, *b"1", PYTHON_START, *b"2", PYTHON_END], "1", "12"), ([PYTHON_START, *b"1", OUTPUT_END, *b"2"], "12", "12"),
+    ([PYTHON_END, *b"a", OUTPUT_END], "a", "a"), ([OUTPUT_START, *b"x", PYTHON_END], "x", "x"),
+    ([0xc3, PYTHON_START, *b"1", PYTHON_END, 0xa9], "\ufffd\ufffd", "\ufffd1\ufffd"), ([0xc3, 257, 0xa9], "\ufffd\ufffd", "é")])
+def test_special_tokens_are_no_text_and_whole_tool_calls_none_of_a_chats(tokens, chat, text):
+    assert (spoken(tokens, True), spoken(tokens, False)) == (chat, text)
+
+
+@given(st.lists(st.one_of(st.sampled_from([*b"ab<|>", 0xc3, 0xa9]), st.integers(256, 264)), max_size=30))
+def test_what_is_said_is_the_text_of_the_parts_where_no_call_is_torn(tokens):
+    """A torn call is one that is not ended by its own end: its words stay, and message_parts drops them."""
+    said, parts = spoken(tokens, True), message_parts(ByteTokenizer(), tokens)
+    names = [(place, token) for place, token in enumerate(tokens) if token >= 256] + [(len(tokens), None)]
+    ends = {PYTHON_START: PYTHON_END, OUTPUT_START: OUTPUT_END}
+    torn = any(token in ends and after != ends[token] and place + 1 < next_place for (place, token), (next_place, after) in zip(names, names[1:]))
+    if not torn:
+        assert said == "".join(part["text"] for part in parts if part["type"] == "text")
+    assert not any(name in said for name in SPECIAL_TOKENS)
+    assert spoken(tokens, False) == bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

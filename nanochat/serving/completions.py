@@ -1,14 +1,16 @@
 """The two endpoints that answer: a request is checked, gets a seat at a model, and is answered whole or as a stream."""
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nanochat.engine import TextStream
 from nanochat.serving.generate import Answering, Choice, engine_requests
 from nanochat.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from nanochat.serving.replies import ChatReply, CompletionReply
 from nanochat.serving.scoring import Item, Score
-from nanochat.serving.text import Answer
+from nanochat.serving.text import Answer, Speech
 from nanochat.serving.transport import EventStream, Json, while_connected
 
 router = APIRouter()
@@ -16,7 +18,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request):
-    """One answer, or n, to a conversation."""
+    """One answer, or n, to a conversation. The content is what the assistant says; where it called a tool, the message has `parts` too."""
     body.check()
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -31,7 +33,7 @@ async def chat_completions(body: ChatRequest, request: Request):
     async def reply(driver, seat, requests):
         return ChatReply(seat, [requests[0].tokens], wants_usage(body))
 
-    return await respond(request, body, body.n or 1, prepare, reply, top)
+    return await respond(request, body, body.n or 1, prepare, reply, text_stream(body, hides_tools=True), top)
 
 
 @router.post("/v1/completions")
@@ -51,7 +53,7 @@ async def completions(body: CompletionRequest, request: Request):
     if body.echo and (body.logprobs is not None or not wanted):
         # a greedy token more comes out of the scoring pass, so that a prompt may fill the whole context
         if not wanted or (wanted == 1 and (body.temperature == 0 or body.top_p == 0)):
-            return await respond_scored(request, body, n * len(prompts), encoded, wanted)
+            return await respond_scored(request, body, n * len(prompts), encoded, wanted, text_stream(body))
 
     def prepare(seat):
         return engine_requests(body, encoded(seat), min(wanted, settings.max_tokens_limit), settings, seat)
@@ -64,7 +66,11 @@ async def completions(body: CompletionRequest, request: Request):
                 scores = await request.app.state.pool.score(driver, seat, [Item(tokens, 0, body.logprobs) for tokens in ids])
         return CompletionReply(seat, ids, wants_usage(body), n, texts, scores)
 
-    return await respond(request, body, n * len(prompts), prepare, reply, body.logprobs)
+    return await respond(request, body, n * len(prompts), prepare, reply, text_stream(body), body.logprobs)
+
+
+def text_stream(body, hides_tools=False):
+    return TextStream if body.skip_special_tokens is False else partial(Speech, hides_tools=hides_tools)
 
 
 def wants_usage(body):
@@ -75,13 +81,13 @@ def echo_texts(seat, prompts):
     return [prompt if isinstance(prompt, str) else seat.tokenizer.decode(prompt) for prompt in prompts]
 
 
-async def respond(request, body, load, prepare, make_reply, top):
+async def respond(request, body, load, prepare, make_reply, text_stream, top):
     """Wait for a seat, check what depends on the model, then answer whole or as a stream."""
     pool, settings = request.app.state.pool, request.app.state.settings
     async with AsyncExitStack() as stack:
         driver, seat = await while_connected(request, stack.enter_async_context(pool.seat(body.model, load)))
         requests = prepare(seat)
-        answering = Answering(pool, driver, seat, requests, body.stops, bool(body.stream), top, settings.timeout_s)
+        answering = Answering(pool, driver, seat, requests, body.stops, bool(body.stream), text_stream, top, settings.timeout_s)
 
         async def chunks():
             reply = await make_reply(driver, seat, requests)
@@ -105,7 +111,7 @@ async def respond(request, body, load, prepare, make_reply, top):
         return await while_connected(request, whole())
 
 
-async def respond_scored(request, body, load, encoded, wanted):
+async def respond_scored(request, body, load, encoded, wanted, text_stream):
     """Echoed prompts with at most one greedy token behind each: passes over the prompts are all it takes."""
     pool, top, n = request.app.state.pool, body.logprobs, body.n or 1
 
@@ -118,7 +124,8 @@ async def respond_scored(request, body, load, encoded, wanted):
             scores = None
             if top is not None or wanted:
                 scores = await pool.score(driver, seat, [Item(tokens, 0, top or 0) for tokens in prompts])
-        choices = [one_token(seat, prompts[index // n], index, scores and scores[index // n], wanted, body.stops, top) for index in range(n * len(prompts))]
+        choices = [one_token(seat, prompts[index // n], index, scores and scores[index // n], wanted, Answer(text_stream(seat.tokenizer), body.stops), top)
+                   for index in range(n * len(prompts))]
         reply = CompletionReply(seat, prompts, wants_usage(body), n, echo_texts(seat, body.prompts()), scores if top is not None else None)
         return Response(reply.chunk(choices) + reply.end(choices), media_type="text/event-stream") if body.stream else Json(reply.whole(choices))
 
@@ -134,12 +141,12 @@ def check_scored(seat, tokens):
                        code="context_length_exceeded")
 
 
-def one_token(seat, prompt, index, score, wanted, stops, top):
+def one_token(seat, prompt, index, score, wanted, answer, top):
     """The choice that has only the likeliest token behind its prompt (or, with `wanted` 0, none)."""
     choice = Choice(index, prompt, finish="length")
     if wanted:
         token, logprob, alternatives = score.next
-        answer, is_end = Answer(seat.tokenizer, stops), token in seat.engine.stops
+        is_end = token in seat.engine.stops
         choice.text = choice.new_text = answer.add(token, is_end) + ("" if answer.is_cut else answer.finish())
         choice.tokens, choice.offsets, choice.generated = [token], [0], 1
         choice.finish = "stop" if is_end or answer.is_cut else "length"

@@ -54,6 +54,7 @@ class Generation:
     requests: list[Request]
     stops: list[str]
     streams: bool  # pieces at every step, or only whole choices
+    text_stream: object  # tokenizer -> TextStream: what of the tokens is text
     pieces: asyncio.Queue = field(default_factory=asyncio.Queue)
     born: float = field(default_factory=time.perf_counter)
     ids: list[int] = field(default_factory=list)
@@ -164,7 +165,7 @@ class Driver(threading.Thread):
             for request in job.requests:
                 for id in seat.engine.add(request):
                     job.ids.append(id)
-                    seat.answers[id] = job, index, Answer(seat.tokenizer, job.stops)
+                    seat.answers[id] = job, index, Answer(job.text_stream(seat.tokenizer), job.stops)
                     index += 1
             if seat not in self.active:
                 self.active.append(seat)

@@ -60,11 +60,11 @@ def engine_requests(body, prompts, max_new_tokens, defaults, seat):
 class Answering:
     """The life of one request in a seat: `async for` gives the Choices with something new, until all have finished."""
 
-    def __init__(self, pool, driver, seat, requests, stops, streams, top=None, timeout_s=300):
-        """`top` None = no log-probabilities, else the number of alternatives to each token."""
+    def __init__(self, pool, driver, seat, requests, stops, streams, text_stream, top=None, timeout_s=300):
+        """`text_stream(tokenizer)` = what of the tokens is text; `top` None = no log-probabilities, else the number of alternatives to each."""
         self.pool, self.driver, self.seat, self.top = pool, driver, seat, top
         self.deadline = asyncio.get_running_loop().time() + timeout_s
-        self.job = Generation(seat, requests, stops, streams)
+        self.job = Generation(seat, requests, stops, streams, text_stream)
         self.choices = [Choice(0, request.tokens) for request in requests for _ in range(request.num_samples)]
         for index, choice in enumerate(self.choices):
             choice.index = index

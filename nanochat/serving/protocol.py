@@ -1,7 +1,7 @@
 """What a client may ask, in the words of OpenAI's API, and how it is told that it may not.
 
-What would change an answer and is not supported is refused, not ignored. Beyond OpenAI's: `top_k`, token ids as prompts, an
-assistant's content in parts of type python and python_output.
+What would change an answer and is not supported is refused, not ignored. Beyond OpenAI's: `top_k`; token ids as prompts; an
+assistant's content in parts of type python and python_output; `skip_special_tokens` (vLLM's name), which false shows by name.
 """
 from typing import Annotated, Any, Literal
 
@@ -76,6 +76,7 @@ class Sampling(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=32)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    skip_special_tokens: bool | None = True
 
     def check(self):
         """ApiError for a field that exists nowhere, or asks for something that is not there."""

@@ -1,5 +1,37 @@
-"""Tokens become text while they come: characters whole, stop strings never shown, each token's place in the text known."""
+"""Tokens become text while they come: characters whole, stop strings and special tokens not shown, each token's place in the text known."""
 from nanochat.engine import TextStream
+from nanochat.tokenizer import SPECIAL_TOKENS
+
+TOOLS = {"<|python_start|>": "<|python_end|>", "<|output_start|>": "<|output_end|>"}
+
+
+class Speech(TextStream):
+    """Tokens -> what a reader is to see: special tokens are no text. With `hides_tools` neither is what is asked of a tool and what it
+    says, as far as the call is whole; of one that is torn nothing is lost but the markers."""
+
+    def __init__(self, tokenizer, hides_tools=False):
+        super().__init__(tokenizer)
+        self.names = {tokenizer.encode_special(name): name for name in SPECIAL_TOKENS}
+        self.hides_tools, self.awaited, self.held = hides_tools, None, []  # what ends the call that is open, and its tokens
+
+    def add(self, token):
+        name = self.names.get(token)
+        if name is None:
+            if self.awaited is None:
+                return super().add(token)
+            self.held.append(token)
+            return ""
+        if not self.hides_tools:
+            return ""
+        if name == self.awaited:
+            self.held = []
+        text = self.flush()
+        self.awaited = TOOLS.get(name)
+        return text
+
+    def flush(self):
+        held, self.held, self.awaited = self.held, [], None
+        return super().flush() + self.tokenizer.decode(held)
 
 
 class StopText:
@@ -31,10 +63,10 @@ class StopText:
 
 
 class Answer:
-    """One completion as it grows. `offsets[i]` is the number of characters before token i."""
+    """One completion as it grows, read from `stream`. `offsets[i]` is the number of characters before token i."""
 
-    def __init__(self, tokenizer, stops=()):
-        self.stream, self.stop_text = TextStream(tokenizer), StopText(stops)
+    def __init__(self, stream, stops=()):
+        self.stream, self.stop_text = stream, StopText(stops)
         self.tokens, self.offsets, self.pieces = [], [], []
         self.decoded = self.shown = self.released = 0  # characters decoded, characters shown, tokens that have been handed out
 
@@ -79,8 +111,8 @@ class Answer:
 
 
 def text_offsets(tokenizer, tokens):
-    """Tokens -> (their text, for each the number of characters before it)."""
-    answer = Answer(tokenizer)
+    """Tokens -> (their text, special tokens by name; for each the number of characters before it)."""
+    answer = Answer(TextStream(tokenizer))
     text = "".join([*(answer.add(token) for token in tokens), answer.finish()])
     return text, answer.offsets
 
