@@ -17,9 +17,12 @@ if [ -n "${SFT_REPO:-}" ]; then
     if [ "$PRESET" = cpu ]; then tag=d4; else tag="d${DEPTH:-8}"; fi
     if ! compgen -G "$NANOCHAT_BASE_DIR/chatsft_checkpoints/$tag/meta_*.json" > /dev/null; then
         python -m scripts.fetch_checkpoint --repo="$SFT_REPO" --source=sft --save-as="$tag" || die "no checkpoint came from $SFT_REPO: the lines above say why"
-        # the problems for RL and evaluation, which a whole pipeline would have made before
+    fi
+    # the problems for RL and evaluation, which a whole pipeline would have made before
+    if [ -z "${AQUA_DATA_DIR:-}" ] && [ ! -f "$NANOCHAT_BASE_DIR/aqua/train.jsonl" ]; then
         if [ "$PRESET" = cpu ]; then python -m scripts.prepare_offline --only=aqua --seed="$SEED"; else python -m scripts.prepare_aqua; fi
     fi
+    export EVAL_SOURCES="${EVAL_SOURCES:-sft rl}"  # there may be no other stages here
 fi
 export START_AT=rl
 export RL_ARGS="${RL_ARGS:---device_batch_size=1 --num_samples=4 --max_new_tokens=64}"

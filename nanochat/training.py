@@ -1,13 +1,19 @@
 """The shared steps of every training loop. The loops themselves stand in the scripts."""
 import math
 import random
+import signal
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 
+from nanochat.common import print0
 from nanochat.hardware import peak_flops
+
+GO_ON_LATER = 75  # the exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, "try again later"
 
 
 @dataclass
@@ -26,6 +32,34 @@ class LoopState:
 def every(interval, step, last_step):
     """True at each multiple of `interval` and at the last step; never where interval is -1."""
     return interval > 0 and (step % interval == 0 or step == last_step)
+
+
+def steps(state, last_step, compute, save):
+    """Each step from state.step to last_step, which state.step follows. Where SIGTERM or SIGUSR1 has reached any rank (a batch system before
+    the time limit, a cloud that takes its machine back), `save()` is called before the next step and the program ends with GO_ON_LATER."""
+    with stop_signals() as received:
+        for state.step in range(state.step, last_step + 1):
+            if compute.sum(len(received)):  # the ranks hear of it at different steps and must leave at the same one
+                save()
+                print0(f"stopped before step {state.step} of {last_step} as asked by {received[0] if received else 'a signal to another rank'}, "
+                       "and saved: --resume goes on from here")
+                raise SystemExit(GO_ON_LATER)
+            yield state.step
+
+
+@contextmanager
+def stop_signals():
+    """Within it, the names of the stop signals that have arrived are collected in a list instead of ending the process."""
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                before[name] = signal.signal(getattr(signal, name), lambda number, frame: received.append(signal.Signals(number).name))
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def num_micro_batches(total_batch_size, device_batch_size, sequence_len, compute):

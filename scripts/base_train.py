@@ -18,7 +18,7 @@ from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
 from nanochat.tokenizer import get_tokenizer
-from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, steps, take
 
 SAMPLE_PROMPTS = ("The capital of France is", "If 5 x + 3 = 13 then x =", "The opposite of hot is", "12 + 7 =")
 
@@ -101,8 +101,10 @@ def main(config):
         documents = (inputs == tokenizer.bos_id).cumsum(dim=1) if config.mask_documents else None
         return model(inputs, targets, loss_reduction=loss_reduction, documents=documents)
 
-    for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
-        state.step = step
+    def save(finished=False):
+        save_checkpoint("base", model_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+
+    for step in steps(state, num_steps, compute, save):  # the extra pass only evaluates and saves
         if every(config.eval_every, step, num_steps):
             val_batches = pretraining_loader(*sizes, list_shards("val"))
             val = evaluate_bpb(losses, take(val_batches, eval_batches), token_bytes, compute)
@@ -112,7 +114,7 @@ def main(config):
         if every(config.sample_every, step, num_steps) and compute.is_master:
             logger.log_text(step, "samples", "\n".join(sample_texts(model, tokenizer)))
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
-            save_checkpoint("base", model_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
+            save(finished=step == num_steps)
         if step == num_steps:
             break
         throughput.start()

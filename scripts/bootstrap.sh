@@ -45,8 +45,12 @@ read_env_file() {
     done < "$1"
 }
 
-# set_up_environment EXTRA...: uv, Rust, the locked packages, rustbpe
+# set_up_environment EXTRA...: uv, Rust, the locked packages, rustbpe. USE_ACTIVE_ENV=1 takes the environment that is active, as in an image that has it all
 set_up_environment() {
+    if [ "${USE_ACTIVE_ENV:-0}" = 1 ]; then
+        python -c 'import cyclopts, rustbpe, torch' || die "USE_ACTIVE_ENV=1, but $(command -v python || echo no python) lacks these packages: unset it, and they are installed"
+        return
+    fi
     ensure_uv
     ensure_rust
     say "installing the project (the first time: about 5 GB of packages)"

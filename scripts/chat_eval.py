@@ -50,6 +50,7 @@ class Config:
     seed: int = 42                      # of every draw
     data_dir: str | None = None         # folder of local data: the task's own, or one with aqua/, arc/, mmlu/, gsm8k/, ... in it
     controls: bool = False              # multiple choice: also without the question, and in every cyclic order of the options
+    control_problems: int = -1          # with --controls: so for the first so many problems (-1 = all): they cost five answers each
     allow_weak_sandbox: bool = False    # run the model's code with limits only where there is no bubblewrap: it can read your files
     compare: tuple[str, str] | None = None  # two evaluations, as files or as names under <base_dir>/eval: is the second better?
 
@@ -59,7 +60,7 @@ def main(config):
         return show_comparison(compare_answers(*map(find_answers, config.compare)))
     compute = compute_init(config.device_type, config.dtype)
     settings = Settings(config.mode or "both", config.temperature, config.top_k or None, config.num_samples, config.max_new_tokens, config.seed,
-                        controls=config.controls)
+                        controls=config.controls, control_problems=config.control_problems)
     tasks = load_tasks(config)
     if config.source not in FOLDERS:
         raise ValueError(f"there is no stage {config.source!r}: choose one of {', '.join(FOLDERS)}")
@@ -221,7 +222,7 @@ def details(summary):
     if "after_reasoning" in metrics:
         lines.append(f"letter read after its own reasoning {percent(metrics['after_reasoning'])}, before it {percent(metrics['no_reasoning'])}")
     if "question_blind" in metrics:
-        lines.append(f"options without the question {said(metrics['question_blind'])}; "
+        lines.append(f"on {metrics['controlled']} problems, options without the question {said(metrics['question_blind'])}; "
                      f"by shift of the options {', '.join(map(percent, metrics['shift_accuracy']))}; "
                      f"two orders choose the same option in {percent(metrics['shift_agreement'])} of cases")
     for name in ("pass@k", "maj@k"):

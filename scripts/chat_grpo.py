@@ -29,7 +29,7 @@ from nanochat.rl.safety import batch_keeper, check_finite, check_sizes, count_si
 from nanochat.rl.update import Objective, learn, prepare
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import between, linear_decay, warmup
-from nanochat.training import every, seed_everything
+from nanochat.training import every, seed_everything, steps
 from tasks.aqua import extract_answer
 from tasks.common import message_text
 from tasks.problems import Problems, accuracies, load_tasks, parse_weights
@@ -151,14 +151,16 @@ def main(config):
         logger.log(0, metrics)
     accuracy = {}
 
-    for step in range(state.step, config.num_steps + 1):  # the extra pass only evaluates and saves
-        state.step = step
+    def save(finished=False):
+        save_checkpoint("rl", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+
+    for step in steps(state, config.num_steps, compute, save):  # the extra pass only evaluates and saves
         clock = Clock(compute)
         if every(config.eval_every, step, config.num_steps):
             accuracy = accuracies(val_tasks, weights, engine, tokenizer, compute, config.eval_examples, config.max_new_tokens, config.eval_samples, config.temperature)
             logger.log(step, {**accuracy, "time/eval_s": clock.lap()})
         if step > 0 and every(config.save_every, step, config.num_steps) or step == config.num_steps:
-            save_checkpoint("rl", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == config.num_steps)
+            save(finished=step == config.num_steps)
         if step == config.num_steps:
             break
 

@@ -16,7 +16,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay, muon_momentum
-from nanochat.training import Throughput, accumulate, data_metrics, every, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, data_metrics, every, optimizer_step, seed_everything, steps, take
 from tasks.common import TaskMixture, best_constant, build_mixture
 from tasks.evaluation import quick_accuracy
 
@@ -122,8 +122,10 @@ def main(config):
     token_bytes = tokenizer.token_bytes()
     metrics = {}
 
-    for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
-        state.step = step
+    def save(finished=False):
+        save_checkpoint("sft", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+
+    for step in steps(state, num_steps, compute, save):  # the extra pass only evaluates and saves
         if every(config.eval_every, step, num_steps):
             val_batches = loader(val_task, tokenizer, config, compute)
             one_pass = -(-len(val_task) // examples_per_pass)
@@ -137,7 +139,7 @@ def main(config):
             metrics.update(accuracy)
             logger.log(step, {**accuracy, "eval/best_constant": share})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
-            save_checkpoint("sft", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
+            save(finished=step == num_steps)
         if step == num_steps:
             break
         throughput.start()

@@ -15,7 +15,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
-from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, take
+from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, steps, take
 from tasks.common import build_mixture, get_task
 
 
@@ -93,8 +93,10 @@ def main(config):
         documents = (inputs == tokenizer.bos_id).cumsum(dim=1) if config.mask_documents else None
         return model(inputs, targets, loss_reduction=loss_reduction, documents=documents)
 
-    for step in range(state.step, num_steps + 1):  # the extra pass only evaluates and saves
-        state.step = step
+    def save(finished=False):
+        save_checkpoint("mid", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+
+    for step in steps(state, num_steps, compute, save):  # the extra pass only evaluates and saves
         if every(config.eval_every, step, num_steps):
             val_batches = loader(val_task, tokenizer, config, compute)
             val = evaluate_bpb(losses, take(val_batches, max(1, eval_tokens // tokens_per_pass)), token_bytes, compute)
@@ -102,7 +104,7 @@ def main(config):
             val_bpb = val["bpb"]
             logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"], **data_metrics(train_batches, compute)})
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
-            save_checkpoint("mid", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, step == num_steps)
+            save(finished=step == num_steps)
         if step == num_steps:
             break
         throughput.start()

@@ -36,7 +36,8 @@ choose_hardware() {
 # times_ranks N: the multiple of NPROC nearest to N, so that any number of GPUs divides a batch
 times_ranks() { local turns=$(( ($1 + NPROC / 2) / NPROC )); echo $(( (turns > 0 ? turns : 1) * NPROC )); }
 
-# stage NAME COMMAND...: run it unless it ended well before with the same command after the same stages
+# stage NAME COMMAND...: run it unless it ended well before with the same command after the same stages. $AFTER_STAGE is a command that is run behind
+# it with its name as the last argument, to carry its results away; $STOP_AFTER names the stage that is the last one.
 stage() {
     local name=$1; shift
     CHAIN=$(printf '%s\n' "$CHAIN" "$@" | sha256sum | cut -c1-16)
@@ -47,6 +48,7 @@ stage() {
     fi
     if [ "$(cat "$stamp.done" 2>/dev/null)" = "$CHAIN" ]; then
         say "$name: done before, skipped"
+        stop_after "$name"
         return
     fi
     # a training stage that was interrupted goes on; one whose command changed starts over
@@ -61,4 +63,10 @@ stage() {
     "$@" "${how[@]}" || die "stage $name failed: the lines above say why. Run the same command again to go on from there, or with FRESH=1 to start over"
     printf '%s\n' "$CHAIN" > "$stamp.done"
     say "$name: $((SECONDS - began)) s"
+    if [ -n "${AFTER_STAGE:-}" ]; then
+        $AFTER_STAGE "$name" || die "stage $name is done, but what is run after it failed: $AFTER_STAGE $name"
+    fi
+    stop_after "$name"
 }
+
+stop_after() { if [ "${STOP_AFTER:-}" = "$1" ]; then say "STOP_AFTER=$1: done"; exit 0; fi; }

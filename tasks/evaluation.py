@@ -26,6 +26,7 @@ class Settings:
     seed: int = 42
     letters: bool = True                                # multiple choice: read the letters' probabilities as well
     controls: bool = False                              # multiple choice: without the question, and in all cyclic orders
+    control_problems: int = -1                          # so for the first so many problems only (-1 = all)
 
     def __post_init__(self):
         if self.mode not in ("", "generative", "categorical", "both"):
@@ -56,11 +57,12 @@ def evaluate(task, engine, tokenizer, compute, settings, known=None, keep=None, 
         raise ValueError(f"{task.name} has no letters to compare: only multiple-choice tasks can be evaluated with mode='categorical'")
     if reads:
         answer_tokens(tokenizer, letters)               # before hours of writing, not after
+    controlled = settings.controls and (count if settings.control_problems < 0 else settings.control_problems)  # below this index
     records = {index: start_record(task, index, conversation, scored if writes else None, known.get(index)) for index, conversation in conversations.items()}
     if writes:
-        write_answers(task, conversations, records, engine, tokenizer, settings, settings.controls and scored == "generative", keep, progress)
+        write_answers(task, conversations, records, engine, tokenizer, settings, scored == "generative" and controlled, keep, progress)
     if reads:
-        read_letters(conversations, records, engine.model, tokenizer, settings.controls and scored == "categorical", keep, batch_size, progress)
+        read_letters(conversations, records, engine.model, tokenizer, scored == "categorical" and controlled, keep, batch_size, progress)
     return sorted((record for part in compute.gather_objects(list(records.values())) for record in part), key=lambda record: record["index"])
 
 
@@ -95,13 +97,13 @@ def find_answer(task, conversation, text):
     return task.find_answer(conversation, text)
 
 
-def write_answers(task, conversations, records, engine, tokenizer, settings, controls, keep, progress):
-    """Let the model write: fills "completions" and, with controls, "controls" of the records that lack them. All are in flight together."""
+def write_answers(task, conversations, records, engine, tokenizer, settings, controlled, keep, progress):
+    """Let the model write: fills "completions", and "controls" below index `controlled`, of the records that lack them. All are in flight together."""
     asked, requests = [], []
     for index, conversation in conversations.items():
         known = {"given"} if "completions" in records[index] else set()
         known |= records[index].get("controls", {}).keys()
-        for name, variant in variants(conversation, controls).items():
+        for name, variant in variants(conversation, index < controlled).items():
             if name in known:
                 continue
             asked.append((index, name, variant))
@@ -162,15 +164,15 @@ def chosen(conversation, answer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading letters
 
-def read_letters(conversations, records, model, tokenizer, controls, keep, batch_size, progress):
+def read_letters(conversations, records, model, tokenizer, controlled, keep, batch_size, progress):
     """Force "Answer:" and compare the letters: fills "no_reasoning" of each record, "after_reasoning" where the model wrote some,
-    and with controls the letters without the question and in other orders."""
+    and below index `controlled` the letters without the question and in other orders."""
     places, prompts, letters = [], [], []
     for index, conversation in conversations.items():
         if "letters" not in conversation:
             continue
         record = records[index]
-        for name, variant in variants(conversation, controls).items():
+        for name, variant in variants(conversation, index < controlled).items():
             missing = "no_reasoning" not in record if name == "given" else name not in record.get("controls", {})
             if missing:
                 places.append((index, "no_reasoning" if name == "given" else name, variant))

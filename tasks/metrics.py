@@ -150,7 +150,7 @@ def control_metrics(records):
             by_shift.setdefault(shift, []).append(order["correct"])
         pairs = [(one["choice"], other["choice"]) for i, one in enumerate(orders) for other in orders[:i]]
         agreements.append(np.mean([one == other and one is not None for one, other in pairs]))
-    return {"question_blind": {"accuracy": float(np.mean(blind)), "ci_low": low, "ci_high": high},
+    return {"controlled": len(controlled), "question_blind": {"accuracy": float(np.mean(blind)), "ci_low": low, "ci_high": high},
             "shift_accuracy": [float(np.mean(by_shift[shift])) for shift in sorted(by_shift)], "shift_agreement": float(np.mean(agreements))}
 
 

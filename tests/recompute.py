@@ -181,7 +181,7 @@ def of_controls(records):
                 place = (record["letters"].index(control["answer"]) - shift) % len(record["letters"])
                 assert control["choice"] == choices[record["letters"][place]] and control["correct"] == (record["letters"][place] == record["gold"]), record["index"]
         agreements.append(mean(float(one is not None and one == other) for one, other in itertools.combinations(chosen, 2)))
-    return {"question_blind": interval_of_counts(blind), "shift_accuracy": [mean(shifts[shift]) for shift in sorted(shifts)], "shift_agreement": mean(agreements)}
+    return {"controlled": len(records), "question_blind": interval_of_counts(blind), "shift_accuracy": [mean(shifts[shift]) for shift in sorted(shifts)], "shift_agreement": mean(agreements)}
 
 
 def interval_of_counts(values):

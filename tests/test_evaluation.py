@@ -241,7 +241,10 @@ def test_controls_tell_reading_from_letters(model, tokenizer):
     metrics = summarize(run(task, engine, tokenizer, controls=True))
     assert len(engine.asked) == 20 * 6
     assert metrics["accuracy"] == 1 and metrics["shift_accuracy"] == [1.0] * 5 and metrics["shift_agreement"] == 1
-    assert metrics["question_blind"]["accuracy"] == 0
+    assert metrics["question_blind"]["accuracy"] == 0 and metrics["controlled"] == 20
+    few = ScriptedEngine(model, tokenizer, choice_of(right_text))
+    metrics = summarize(run(task, few, tokenizer, controls=True, control_problems=7))
+    assert len(few.asked) == 20 + 7 * 5 and metrics["controlled"] == 7 and metrics["accuracy"] == 1
     metrics = summarize(run(task, ScriptedEngine(model, tokenizer, always("B")), tokenizer, controls=True))
     assert metrics["shift_agreement"] == 0 and metrics["shift_accuracy"] == [0.2] * 5 and metrics["question_blind"]["accuracy"] == 0.2
 
@@ -542,7 +545,7 @@ def test_chatcore_is_the_mean_over_all_seven_whole_tasks():
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole, as a user runs it
 
-@pytest.mark.parametrize("flags", [("-a", "ALGEBRA|SpellingBee|ARC-Easy", "-x", "20", "--controls"), ("-a", "ALGEBRA|SpellingBee", "-x", "9", "-n", "5", "-t", "1.0")])
+@pytest.mark.parametrize("flags", [("-a", "ALGEBRA|SpellingBee|ARC-Easy", "-x", "20", "--controls", "--control-problems=12"), ("-a", "ALGEBRA|SpellingBee", "-x", "9", "-n", "5", "-t", "1.0")])
 def test_an_independent_script_finds_every_number_of_the_summary_in_the_answers(base, flags, tmp_path):
     (tmp_path / "data" / "arc").mkdir(parents=True)
     rows = [{"question": f"Which of {i}?", "choices": {"text": ["one", "two", "12"][:2 + i % 2], "label": ["A", "B", "C"][:2 + i % 2]}, "answerKey": "AB"[i % 2]} for i in range(12)]

@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from nanochat.run_logger import RunLogger
+from nanochat.training import GO_ON_LATER
 from tests import pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +84,56 @@ def test_a_run_stopped_halfway_and_resumed_ends_at_the_same_bits(walked, tmp_pat
     assert equal(checkpoint(folder, stage), checkpoint(walked, stage))
     key = "train/loss"
     assert logged(folder, stage, key) == logged(walked, stage, key)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("stage", [*pipeline.STAGES, "grpo"])
+def test_a_run_asked_to_stop_saves_at_the_next_step_and_resumed_ends_at_the_same_bits(walked, tmp_path, monkeypatch, capsys, stage, name):
+    if (stage in ("base", "sft")) == (name == "SIGUSR1") and stage != "grpo":
+        pytest.skip("each stage hears one of the two signals, GRPO both")
+    folder, whole, (room, tag) = tmp_path / "base", walked, ("rl", "g2") if stage == "grpo" else (stage, "d2")
+    shutil.copytree(walked, folder)
+    if stage == "grpo":
+        whole = tmp_path / "whole"
+        shutil.copytree(walked, whole)
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(whole))
+        pipeline.run_stage("grpo")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    handlers, log = [signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)], RunLogger.log
+
+    def log_and_ask(self, step, metrics):
+        log(self, step, metrics)
+        if step == 4 and "train/loss" in metrics:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(RunLogger, "log", log_and_ask)
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.run_stage(stage, overwrite=True)
+    assert stopped.value.code == GO_ON_LATER == 75
+    assert f"stopped before step 5 of 6 as asked by {name}, and saved" in capsys.readouterr().out
+    assert json.loads((folder / pipeline.FOLDERS[room] / tag / "meta_000005.json").read_text())["finished"] is False
+    assert handlers == [signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)]
+    pipeline.run_stage(stage, resume=True)
+    assert equal(checkpoint(folder, room, tag=tag), checkpoint(whole, room, tag=tag))
+    assert logged(folder, room, "train/loss", tag) == logged(whole, room, "train/loss", tag)
+
+
+def test_two_ranks_stop_together_when_one_of_them_is_asked(walked, tmp_path):
+    """The rank that hears the signal is not the one that saves."""
+    folder = tmp_path / "base"
+    shutil.copytree(walked, folder)
+    log, place = folder / "runs" / "sft_d2.jsonl", folder / pipeline.FOLDERS["sft"] / "d2"
+    log.unlink()
+    process = start(folder, "sft", "overwrite=True", "num_iterations=100_000", "eval_every=-1", "eval_metrics_every=-1", "save_every=-1", ranks=2)
+    while process.poll() is None and not (log.exists() and "train/loss" in log.read_text()):
+        time.sleep(0.05)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if child.environ().get("RANK") == "1"]
+    os.kill(ranks[0].pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "of 100000 as asked by a signal to another rank, and saved" in output
+    meta, = place.glob("meta_*.json")
+    saved = json.loads(meta.read_text())
+    assert saved["world_size"] == 2 and set(saved["files"]) == {path.name for path in place.glob("*.pt")} and len(saved["files"]) == 3
 
 
 def test_a_run_never_replaces_the_checkpoint_it_starts_from(walked, monkeypatch):

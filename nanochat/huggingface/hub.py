@@ -38,7 +38,7 @@ def hub_errors(repo):
     except (ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
         raise ValueError(f"the Hub cannot be reached for {repo} ({type(error).__name__}): check the network, then run the same command again") from error
     except Exception as error:  # the transport's own family of errors, whichever library is underneath
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"):
             raise
         raise ValueError(f"the Hub cannot be reached for {repo} ({type(error).__name__}): check the network, then run the same command again") from error
 
