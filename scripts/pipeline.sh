@@ -14,10 +14,15 @@ choose_places() {
     SEED="${SEED:-42}"
 }
 
-choose_hardware() {
+count_gpus() {
     local gpus=0
     if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true); fi
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
+    echo "$gpus"
+}
+
+choose_hardware() {
+    local gpus; gpus=$(count_gpus)
     if [ -z "${PRESET:-}" ]; then if [ "$gpus" -gt 0 ]; then PRESET=gpu; else PRESET=cpu; fi; fi
     case "$PRESET" in cpu|gpu) ;; *) die "PRESET=$PRESET is neither cpu nor gpu" ;; esac
     if [ "$PRESET" = gpu ]; then

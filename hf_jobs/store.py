@@ -1,0 +1,269 @@
+"""Where a job's results outlive its disk: a Hub repository, or a folder that is a mounted bucket. The job scripts call it after every stage.
+
+    python -m hf_jobs.store --repo=me/run --push       the base directory's results -> the store
+    python -m hf_jobs.store --repo=me/run --pull       the store -> an empty base directory, so that a restarted job goes on
+
+Kept are each stage's newest whole checkpoint (with its optimizer shards until the stage is done), tokenizer, logs, evaluations, report and the stamps by
+which scripts/pipeline.sh knows what is done. Data is not kept and its stamps neither: it comes from a seed or the network again. The layout is the base
+directory's own, so scripts/fetch_checkpoint.py reads the repository.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.checkpoint_manager import FOLDERS, newest_whole
+from nanochat.common import base_dir, print0, write_atomic
+from nanochat.configurator import parse
+from nanochat.huggingface.hub import check_repo, download, hub_errors
+
+RECORDS = ("tokenizer", "report", "runs", "eval", "stages")
+DATA_STAGES = ("data", "shards", "aqua", "identity")
+NAME = re.compile(rf"({'|'.join([*RECORDS, *FOLDERS.values()])})(/[\w][\w.@=,+-]*)+|run_name")
+MANIFEST = "store.json"
+WAITS = (5, 15, 45, 120, 300)  # seconds between attempts to reach the Hub
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keep a job's results in a Hub repository or a mounted folder, and bring them back."""
+    repo: str = ""               # Hub repository (user/name); made private where it is not there
+    folder: str = ""             # a folder instead, such as a mounted bucket
+    push: bool = False           # take the results there
+    pull: bool = False           # bring them into the base directory, unless it holds a run already
+    after: str = ""              # name of the stage that is done, for the commit's message
+    watch_minutes: float = -1.0  # push that often until the process that started this one ends (-1 = no)
+
+
+def main(config):
+    if bool(config.repo) == bool(config.folder):
+        raise ValueError(f"repo={config.repo!r} and folder={config.folder!r}: give one of them")
+    if config.push + config.pull + (config.watch_minutes > 0) != 1:
+        raise ValueError("give one of --push, --pull and --watch-minutes")
+    store = HubStore(check_repo(config.repo)) if config.repo else FolderStore(config.folder)
+    if config.pull:
+        pull(store)
+    elif config.push:
+        patiently(lambda: push(store, config.after or "by hand"))
+    else:
+        watch(store, 60 * config.watch_minutes)
+
+
+def watch(store, seconds):
+    """Push every so often while the parent lives. A push that fails is told and tried again next time: the next one after a stage decides."""
+    parent = os.getppid()
+    while True:
+        due = time.monotonic() + seconds
+        while time.monotonic() < due:
+            time.sleep(min(1.0, seconds))
+            if os.getppid() != parent:
+                return
+        try:
+            push(store, "within a stage")
+        except ValueError as error:
+            print0(f"upload: {error}")
+
+
+def patiently(action):
+    """The Hub may be away for minutes; a token or name that is refused will be refused again."""
+    for wait in WAITS:
+        try:
+            return action()
+        except ValueError as error:
+            status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+            if status in (400, 401, 403, 404, 422) or error.__cause__ is None:
+                raise
+            print0(f"upload: {error}; again in {wait} s")
+            time.sleep(wait)
+    return action()
+
+
+# -- both ways --------------------------------------------------------------------------------------------------------
+
+def push(store, after):
+    with locked():
+        snapshot = base_dir() / ".store" / "snapshot"
+        names = take_snapshot(snapshot)
+        try:
+            store.send(snapshot, names, after)
+        finally:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+
+def pull(store):
+    """What the store keeps -> the base directory; stamps come last, so that an interrupted pull is done again."""
+    base = base_dir()
+    if any((base / "stages").glob("*.started")):
+        print0(f"{base} holds a run already: it goes on, nothing is fetched")
+        return
+    with locked():
+        arrived = base / ".store" / "arrived"
+        names = patiently(lambda: store.fetch(arrived))
+        for name in sorted(names, key=lambda name: (name.startswith("stages/"), "/meta_" in name, name)):
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(arrived / name, base / name)
+        shutil.rmtree(arrived, ignore_errors=True)
+    done = sorted(name[7:-5] for name in names if name.startswith("stages/") and name.endswith(".done"))
+    print0(f"{len(names)} files fetched from {store}; done before: {', '.join(done) or 'no stage'}")
+
+
+@contextmanager
+def locked():
+    """One push or pull at a time: the watcher and the end of a stage may meet."""
+    path = base_dir() / ".store" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def take_snapshot(snapshot):
+    """The results as they are now, linked or copied into a folder, so that training may go on beneath -> their names.
+
+    Stamps are read first: a stage that is stamped as done has its checkpoint by then."""
+    for _ in range(10):
+        shutil.rmtree(snapshot, ignore_errors=True)
+        try:
+            names = names_to_keep(base_dir())
+            for name in names:
+                preserve(base_dir() / name, snapshot / name)
+            return names
+        except FileNotFoundError:
+            time.sleep(1)  # a checkpoint was pruned meanwhile, a newer one is there
+    raise ValueError(f"{base_dir()} changes faster than it can be read: save less often")
+
+
+def preserve(path, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        try:
+            os.link(path, target)  # these appear whole under their name and are never written again
+            return
+        except FileNotFoundError:
+            raise
+        except OSError:
+            pass                   # a file system without links
+    shutil.copyfile(path, target)
+
+
+def names_to_keep(base):
+    """Names below the base directory, the stamps first."""
+    names = [f"stages/{path.name}" for path in sorted((base / "stages").glob("*.*")) if path.stem not in DATA_STAGES]
+    for stage, room in FOLDERS.items():
+        for folder in sorted(path for path in (base / room).glob("*") if path.is_dir()):
+            meta = newest_whole(folder)
+            if meta:
+                finished = meta["finished"] and f"stages/train-{stage}.done" in names
+                files = [name for name in meta["files"] if not (finished and name.startswith("optim_"))]
+                names += [f"{room}/{folder.name}/{name}" for name in (*files, f"meta_{meta['step']:06d}.json")]
+    for room in RECORDS[:-1]:
+        names += [path.relative_to(base).as_posix() for path in sorted((base / room).rglob("*")) if path.is_file() and not path.name.endswith(".partial")]
+    names += ["run_name"] if (base / "run_name").is_file() else []
+    return [name for name in names if NAME.fullmatch(name)]
+
+
+def outdated(there, names):
+    """Of the names in the store those that a newer snapshot replaces: older checkpoints of the same folders, stamps of stages that run anew."""
+    now, rooms = set(names), {name.rpartition("/")[0] for name in names if "_checkpoints/" in name}
+    started = {name.removesuffix(".started") for name in names if name.startswith("stages/")}
+    return [name for name in there if name not in now and NAME.fullmatch(name)
+            and (name.rpartition("/")[0] in rooms or name.startswith("stages/") and name.removesuffix(".done") in started)]
+
+
+# -- the two stores ---------------------------------------------------------------------------------------------------
+
+class HubStore:
+    """A model repository on the Hub; every push is one commit, so that what is read is always of one moment."""
+
+    def __init__(self, repo):
+        self.repo = repo
+
+    def __str__(self):
+        return self.repo
+
+    def send(self, snapshot, names, after):
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        with hub_errors(self.repo):
+            api = HfApi()
+            api.create_repo(self.repo, private=True, exist_ok=True)
+            gone = outdated(api.list_repo_files(self.repo), names)
+            operations = [CommitOperationAdd(name, snapshot / name) for name in names] + [CommitOperationDelete(name) for name in gone]
+            if operations:
+                api.create_commit(self.repo, operations, commit_message=f"after {after}")
+        print0(f"upload: {len(names)} files are in {self.repo} after {after}")
+
+    def fetch(self, arrived):
+        from huggingface_hub import HfApi
+        with hub_errors(self.repo):
+            api = HfApi()
+            api.create_repo(self.repo, private=True, exist_ok=True)  # a token that may not write is found out now, before anything is computed
+            info = api.repo_info(self.repo)
+        names = sorted(sibling.rfilename for sibling in info.siblings or () if NAME.fullmatch(sibling.rfilename))
+        download(self.repo, names, arrived, info.sha)
+        return names
+
+
+class FolderStore:
+    """A folder, for example of a mounted bucket. Its manifest is written last and names what is whole, with SHA-256."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_absolute():
+            raise ValueError(f"folder={folder!r} must be an absolute path")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __str__(self):
+        return str(self.folder)
+
+    def manifest(self):
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return {}
+        try:
+            return {str(name): str(digest) for name, digest in json.loads(path.read_text(encoding="utf-8")).items() if NAME.fullmatch(name)}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): empty the folder to start over") from error
+
+    def send(self, snapshot, names, after):
+        before, now = self.manifest(), {name: sha256_of(snapshot / name) for name in names}
+        for name in names:
+            target = self.folder / name
+            if before.get(name) != now[name] or not target.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(f".{target.name}.partial")
+                shutil.copyfile(snapshot / name, partial)
+                os.replace(partial, target)
+        gone = outdated(before, names)
+        write_atomic(self.folder / MANIFEST, json.dumps({**{name: digest for name, digest in before.items() if name not in gone}, **now}, indent=1))
+        for name in gone:
+            (self.folder / name).unlink(missing_ok=True)
+        print0(f"upload: {len(names)} files are in {self.folder} after {after}")
+
+    def fetch(self, arrived):
+        names = []
+        for name, digest in self.manifest().items():
+            (arrived / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(self.folder / name, arrived / name)
+            except FileNotFoundError:
+                continue
+            if sha256_of(arrived / name) == digest:
+                names.append(name)
+            else:
+                print0(f"{self.folder / name} does not have the SHA-256 that {MANIFEST} records: it is left out")
+        return names
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main(parse(Config))
