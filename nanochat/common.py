@@ -3,11 +3,17 @@
 The only file that reads `os.environ` and the only one besides `optim.py` that calls collectives. It knows no model.
 """
 import os
+import platform
+import sys
+import time
+import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 
 def env(name, default=None):
@@ -16,7 +22,7 @@ def env(name, default=None):
     Read by this project: NANOCHAT_BASE_DIR, NANOCHAT_DATA_DIR, NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, HF_TOKEN, HF_ENDPOINT,
     WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, WANDB_API_KEY, LAMBDA_API_KEY, HYPERBOLIC_API_KEY, HYPERBOLIC_REGION, HYPERBOLIC_MAX_PRICE,
     GCS_BUCKET, GCP_PROJECT_ID,
-    NANOCHAT_TEST_DATA, NANOCHAT_PEER_RUSTBPE, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
+    NANOCHAT_TEST_DATA, NANOCHAT_PEER_RUSTBPE, NANOCHAT_TIMEOUT, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
     TORCHELASTIC_RESTART_COUNT.
     """
     return os.environ.get(name) or default
@@ -136,11 +142,55 @@ def compute_init(device_type="", dtype=""):
     else:
         device = torch.device(device_type)
     if world_size > 1 and not dist.is_initialized():
-        if device_type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        sys.excepthook = report_failure
+        timeout = timedelta(seconds=collective_timeout())
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        start, restarts = meet(store, rank, world_size, restarts)
+        where = {"backend": "nccl", "device_id": device} if device_type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**where, store=dist.PrefixStore(start, store), rank=rank, world_size=world_size, timeout=timeout)
     return Compute(device, DTYPES[dtype] if dtype else native_dtype(device), rank, local_rank, world_size, restarts)
+
+
+def collective_timeout():
+    """Seconds a rank waits for the others in a collective before it gives up, and with it the job: $NANOCHAT_TIMEOUT, else 600. Longer than
+    what one rank does alone while the others wait: writing a checkpoint, the slowest answer of an evaluation."""
+    given = env("NANOCHAT_TIMEOUT", "600")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"NANOCHAT_TIMEOUT={given!r} is not a number of seconds: give a whole number such as 600, or leave it unset")
+    return int(given)
+
+
+def meet(store, rank, world_size, restarts):
+    """The ranks of one start of a job find each other -> (a name for this start, how often the job was started before).
+
+    torchrun keeps its store over restarts, with the addresses of processes that are gone: a rank that is started again and reads them
+    waits for the dead. And each node counts only its own failures. So rank 0 announces the start under a new name, the others greet with a
+    new word each, and what counts is rank 0's answer to that word."""
+    word = uuid.uuid4().hex
+    if rank == 0:
+        restarts = max(restarts, store.add("starts", 1) - 1)
+        start = f"start-{word}"
+        store.set("start", start)
+        greetings = [store.get(f"{start}/{other}").decode().split() for other in range(1, world_size)]
+        restarts = max([restarts, *(int(count) for _, count in greetings)])
+        for greeting, _ in greetings:
+            store.set(f"{start}/{greeting}", str(restarts))
+        return start, restarts
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", f"{word} {restarts}")
+        while store.get("start").decode() == start:
+            if store.check([f"{start}/{word}"]):
+                return start, int(store.get(f"{start}/{word}"))
+            time.sleep(0.02)
+
+
+def report_failure(kind, error, trace):
+    """The last word of a rank that dies of an exception: which rank, where, of what, for the console and for torchrun's summary."""
+    sys.__excepthook__(kind, error, trace)
+    print(f"rank {env('RANK')} of {env('WORLD_SIZE')} on {platform.node()} failed: {kind.__name__}: {error}", file=sys.stderr, flush=True)
+    if env("TORCHELASTIC_ERROR_FILE"):
+        get_error_handler().record_exception(error)
 
 
 def compute_cleanup():
