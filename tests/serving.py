@@ -12,6 +12,7 @@ import uvicorn
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import Compute
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.app import Settings, build_app
 from nanochat.serving.metrics import Metrics
@@ -85,11 +86,29 @@ def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, s
         yield server
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(180)
         assert not thread.is_alive(), "the server did not end"
 
 
-def wait_until_idle(server, seconds=30):
+class Pace:
+    """From now on engines take a step only where the test gives leave, so that nothing depends on who is faster. A request's first token
+    needs none."""
+
+    def __init__(self, monkeypatch):
+        self.leave, self.is_free, step = threading.Semaphore(0), False, Engine.step
+
+        def paced_step(engine):
+            return step(engine) if self.is_free or self.leave.acquire(timeout=0.02) else []
+        monkeypatch.setattr(Engine, "step", paced_step)
+
+    def give(self, steps):
+        self.leave.release(steps)
+
+    def free(self):
+        self.is_free = True
+
+
+def wait_until_idle(server, seconds=180):
     """Nothing in flight, nothing waiting, no row left in any engine."""
     end = time.monotonic() + seconds
     while any(driver.load or driver.rows or driver.waiting or driver.active or driver.scorings for driver in server.pool.drivers):

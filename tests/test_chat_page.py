@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import time
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 
 import httpx
@@ -14,15 +14,16 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine, Request
 from nanochat.serving import completions, driver
 from nanochat.serving.render import render
+from nanochat.serving.text import Speech
 from scripts import chat_web
-from tests.serving import make_base, serve, wait_until_idle
+from tests.serving import Pace, make_base, serve, wait_until_idle
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 expect = playwright.expect
 PAGE = Path(chat_web.__file__).with_name("chat_web.html")
-SECONDS = 60  # a machine may be busy
+SECONDS = 180  # a machine may be busy
 ATTACKS = ["<img src=x onerror=hacked=1>", "<script>hacked=1</script>", "<svg onload=hacked=1>", "[a](javascript:hacked=1)", "![x](https://example.test/x.png)",
            "<iframe srcdoc='<script>parent.hacked=1</script>'>", "<math><mi href='javascript:hacked=1'>x</mi></math>", "$\\href{javascript:hacked=1}{x}$",
            "$\\text{<img src=x onerror=hacked=1>}$", "```html\n<img src=x onerror=hacked=1>\n```", "<a href='https://example.test' style='position:fixed'>a</a>",
@@ -47,22 +48,30 @@ def server(folder):
 
 
 @pytest.fixture(scope="module")
-def question(folder):
-    """One whose greedy answer has 40 tokens."""
+def long_answer(folder):
+    """(a question whose greedy answer has 40 tokens, what has been said after so many of them)"""
     model, tokenizer, _ = load_model("rl", "cpu", dtype="float32")
     engine = Engine(model, tokenizer)
     for text in ("a", "b", "c", "Ann", "10", "8", "cups", "boxes", "how", "many"):
         prompt = tokenizer.render_prompt([{"role": "user", "content": text}])
-        if len(engine.generate([Request(prompt, max_new_tokens=40, temperature=0.0)])[0][0].tokens) == 40:
-            return text
+        tokens = engine.generate([Request(prompt, max_new_tokens=40, temperature=0.0)])[0][0].tokens
+        speech = Speech(tokenizer, hides_tools=True)
+        said = list(accumulate(map(speech.add, tokens)))
+        if len(tokens) == 40 and said[5].strip() and said[5].strip() != said[15].strip() != said[-1].strip():
+            return text, lambda count: said[count - 1]
     raise AssertionError("every answer ends early")
+
+
+@pytest.fixture(scope="module")
+def question(long_answer):
+    return long_answer[0]
 
 
 @pytest.fixture(scope="module")
 def browser():
     expect.set_options(timeout=1000 * SECONDS)
     with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=3000 * SECONDS)
+        browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=1000 * SECONDS)
         yield browser
         browser.close()
 
@@ -94,15 +103,6 @@ def visit(browser, server):
         context.close()
     assert not wrongs, wrongs
     assert requests and all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in requests), "a request left the origin"
-
-
-def slow_engines(monkeypatch, seconds=0.05):
-    step = Engine.step
-
-    def slow_step(self):
-        time.sleep(seconds)
-        return step(self)
-    monkeypatch.setattr(Engine, "step", slow_step)
 
 
 def answers_say(monkeypatch, said):
@@ -154,30 +154,27 @@ def is_as_wide_as_the_window(page):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def test_an_answer_streams_stops_and_comes_whole_on_retry(visit, server, question, monkeypatch):
+def test_an_answer_streams_stops_and_comes_whole_on_retry(visit, server, long_answer, monkeypatch):
+    question, said_after = long_answer
     whole = expected_answer(server, question)
-    slow_engines(monkeypatch)
+    pace = Pace(monkeypatch)
     page = visit()
     send(page, question)
     said = page.locator(".said")
     expect(said).to_have_class("said plain running")
-    lengths = []
-    while len(lengths) < 3:
-        length = len(said.text_content())
-        if length not in (0, *lengths):
-            lengths.append(length)
-        page.wait_for_timeout(20)
-    assert lengths == sorted(lengths)
+    for steps, tokens in ((5, 6), (10, 16)):
+        pace.give(steps)
+        expect(said).to_have_text(said_after(tokens))
     page.keyboard.press("Escape")
     settle(page)
     expect(page.locator(".answer .told").last).to_contain_text("stopped")
     wait_until_idle(server)
-    (part,) = kept_answers(page)
-    assert whole.startswith(part) and 0 < len(part) < len(whole)
+    assert kept_answers(page) == [said_after(16)] != [whole]
     page.get_by_label("Retry the answer of rl/d2").click()
     page.get_by_role("button", name="Stop").click()  # the button stops as Esc does
     settle(page)
-    monkeypatch.undo()
+    wait_until_idle(server)
+    pace.free()
     page.get_by_label("Retry the answer of rl/d2").click()
     settle(page)
     assert kept_answers(page) == [whole]
@@ -226,7 +223,7 @@ def test_a_conversation_survives_a_reload_and_can_be_edited_and_copied(visit, se
 
 def test_two_tabs_at_once_keep_their_own_chats(visit, server, question, monkeypatch):
     whole = expected_answer(server, question)
-    slow_engines(monkeypatch, 0.03)
+    pace = Pace(monkeypatch)
     first = visit()
     second = first.context.new_page()
     second.goto(server.url)
@@ -234,6 +231,7 @@ def test_two_tabs_at_once_keep_their_own_chats(visit, server, question, monkeypa
     send(second, question)
     for page in (first, second):
         expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    pace.free()
     for page in (first, second):
         settle(page)
     assert [[answer["text"] for turn in chat["turns"] for answer in turn["answers"]] for chat in chats(first)] == [[whole], [whole]]
@@ -243,31 +241,34 @@ def test_two_tabs_at_once_keep_their_own_chats(visit, server, question, monkeypa
 
 def test_a_server_that_goes_and_comes_back_is_waited_for(visit, folder, server, question, monkeypatch):
     whole = expected_answer(server, question)
-    slow_engines(monkeypatch, 0.2)
+    pace = Pace(monkeypatch)
     with serve(page=PAGE) as before:
         page = visit(before)
         send(page, question)
+        pace.give(5)
         expect(page.locator(".said")).not_to_have_text("")
     expect(page.locator("#banner")).to_contain_text("does not answer")
     expect(page.locator(".answer")).to_contain_text("asked again when the server is back")
-    monkeypatch.undo()
+    pace.free()
     with serve(page=PAGE, port=int(before.url.rpartition(":")[2])):
         settle(page)
         assert kept_answers(page) == [whole]
         expect(page.locator("#banner")).to_be_hidden()
 
 
-def test_a_reload_in_the_middle_of_an_answer_keeps_what_there_is(visit, server, question, monkeypatch):
+def test_a_reload_in_the_middle_of_an_answer_keeps_what_there_is(visit, server, long_answer, monkeypatch):
+    question, said_after = long_answer
     whole = expected_answer(server, question)
-    slow_engines(monkeypatch)
+    pace = Pace(monkeypatch)
     page = visit()
     send(page, question)
-    expect(page.locator(".said")).not_to_have_text("")
+    pace.give(5)
+    expect(page.locator(".said")).to_have_text(said_after(6))
     page.reload()
     expect(page.locator(".answer .told").last).to_contain_text("not finished")
-    (part,) = kept_answers(page)
-    assert part and whole.startswith(part)
+    assert kept_answers(page) == [said_after(6)]
     wait_until_idle(server)
+    pace.free()
     page.get_by_label("Retry the answer of rl/d2").click()
     settle(page)
     assert kept_answers(page) == [whole]
@@ -278,7 +279,6 @@ def test_nothing_that_is_said_acts(visit, server, attacks, monkeypatch):
     """As the user's words, as the model's while they stream and once they are rendered, in the list of chats, after a reload."""
     attack = "\n\n".join(attacks)
     answers_say(monkeypatch, attack)
-    slow_engines(monkeypatch, 0.01)
     page = visit(max_tokens=90)
     send(page, attack)
     settle(page)
@@ -326,7 +326,7 @@ def test_models_answer_side_by_side_and_one_more_can_be_asked(visit, server):
 @pytest.mark.parametrize("width", [360, 1100])
 def test_an_aqua_problem_shows_its_letters_and_its_attention(visit, server, width):
     page = visit(max_tokens=4, viewport={"width": width, "height": 740})
-    page.get_by_role("button", name="AQuA").click()
+    page.get_by_role("button", name="AQuA", exact=True).click()
     page.get_by_label("or number").fill("2")
     page.get_by_role("button", name="Draw a problem").click()
     expect(page.get_by_text("Problem 2 of 10")).to_be_visible()
@@ -372,7 +372,7 @@ def test_a_phone_scrolls_in_one_direction_only(visit, monkeypatch):
 
 
 def test_a_busy_server_is_asked_again(visit, folder, question, monkeypatch):
-    slow_engines(monkeypatch, 0.05)
+    pace = Pace(monkeypatch)
     with serve(page=PAGE, max_rows=1, max_queue=0) as server:
         page = visit(server)
         expect(page.get_by_role("checkbox", name="rl/d2")).to_be_checked()
@@ -382,6 +382,7 @@ def test_a_busy_server_is_asked_again(visit, folder, question, monkeypatch):
             time.sleep(0.01)
         send(page, question)
         expect(page.locator(".answer")).to_contain_text("The server is busy: again in")
+        pace.free()
         thread.join()
         settle(page)
         assert kept_answers(page) == [expected_answer(server, question)]

@@ -23,7 +23,7 @@ from nanochat.serving.pool import Pool
 from nanochat.serving.text import token_text
 from nanochat.tokenizer import SPECIAL_TOKENS
 from scripts import chat_web
-from tests.serving import SPECIAL, make_base, said, serve, wait_until_idle, written
+from tests.serving import SPECIAL, Pace, make_base, said, serve, wait_until_idle, written
 
 QUESTION = [{"role": "user", "content": "How many cups in all?"}]
 
@@ -357,16 +357,6 @@ def test_the_log_has_no_word_of_a_conversation(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many at once
 
-def slow_engines(monkeypatch, seconds=0.05):
-    """Every step takes this long, so that a test can act in the middle of an answer."""
-    step = Engine.step
-
-    def slow_step(self):
-        time.sleep(seconds)
-        return step(self)
-    monkeypatch.setattr(Engine, "step", slow_step)
-
-
 def endless(engine):
     """A prompt whose greedy answer has 40 tokens."""
     for text in ("a", "b", "c", "Ann", "10", "8", "cups", "boxes", "how", "many"):
@@ -378,7 +368,7 @@ def endless(engine):
 
 def test_a_client_that_leaves_frees_its_rows_at_once(folder, engine, monkeypatch):
     text = endless(engine)
-    slow_engines(monkeypatch)
+    Pace(monkeypatch).give(6)
     with serve() as server:
         for stream in (True, False):
             connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]))
@@ -392,12 +382,12 @@ def test_a_client_that_leaves_frees_its_rows_at_once(folder, engine, monkeypatch
             wait_until_idle(server)
         metrics = httpx.get(server.url + "/metrics").text
         assert "nanochat_cancelled_total 2" in metrics
-        assert int(re.search(r"nanochat_generated_tokens_total (\d+)", metrics)[1]) < 2 * 3 * 80, "the rows went on without their client"
+        assert int(re.search(r"nanochat_generated_tokens_total (\d+)", metrics)[1]) <= 3 * (1 + 6) + 3, "the rows went on without their client"
 
 
 def test_a_full_queue_says_when_to_come_back_and_health_answers_meanwhile(folder, engine, monkeypatch):
     text = endless(engine)
-    slow_engines(monkeypatch, 0.1)
+    pace = Pace(monkeypatch)
     with serve(max_rows=2, max_queue=2) as server:
         body = {"prompt": text, "temperature": 0, "max_tokens": 40}
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
@@ -407,9 +397,10 @@ def test_a_full_queue_says_when_to_come_back_and_health_answers_meanwhile(folder
             refused = post(server, TEXT, body)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
             for path in ("/health", "/metrics"):
-                assert httpx.get(server.url + path, timeout=10).status_code == 200
+                assert httpx.get(server.url + path, timeout=60).status_code == 200
             metrics = httpx.get(server.url + "/metrics").text
             assert 'nanochat_rows{worker="0"} 2' in metrics and 'nanochat_queue{worker="0"} 2' in metrics
+            pace.free()
             texts = {future.result().json()["choices"][0]["text"] for future in running}
         assert texts == {written(engine.tokenizer, alone(engine, engine.tokenizer.encode(text, prepend="<|bos|>"), max_new_tokens=40)[0])}
         assert post(server, TEXT, {**body, "n": 5}).status_code == 400, "what never fits is not asked to come back"
@@ -418,7 +409,7 @@ def test_a_full_queue_says_when_to_come_back_and_health_answers_meanwhile(folder
 def test_a_request_whose_time_is_up_ends_with_what_it_has(folder, engine, monkeypatch):
     text = endless(engine)
     whole = written(engine.tokenizer, alone(engine, engine.tokenizer.encode(text, prepend="<|bos|>"), max_new_tokens=90)[0])
-    slow_engines(monkeypatch)
+    Pace(monkeypatch).give(5)
     with serve(settings=Settings(timeout_s=1.0), max_rows=1) as server:
         body = {"prompt": text, "temperature": 0, "max_tokens": 90}
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -428,6 +419,7 @@ def test_a_request_whose_time_is_up_ends_with_what_it_has(folder, engine, monkey
             second = post(server, TEXT, body)
         choice = first.result().json()["choices"][0]
         assert choice["finish_reason"] == "length" and whole.startswith(choice["text"]) and 0 < len(choice["text"]) < len(whole)
+        assert first.result().json()["usage"]["completion_tokens"] == 6
         assert second.status_code in (200, 429)
         wait_until_idle(server)
 
@@ -450,16 +442,15 @@ def test_a_failure_inside_the_engine_is_told_and_the_next_request_is_served(fold
 
 def test_two_workers_share_the_work_and_say_the_same(folder, engine, monkeypatch):
     text = endless(engine)
-    slow_engines(monkeypatch, 0.02)
+    pace = Pace(monkeypatch)
     with serve(workers=2) as server:
         body = {"prompt": text, "temperature": 0, "max_tokens": 40}
         with concurrent.futures.ThreadPoolExecutor(6) as threads:
             running = [threads.submit(post, server, TEXT, body) for _ in range(6)]
-            most = [0, 0]
-            while not all(future.done() for future in running):
-                most = [max(before, driver.rows) for before, driver in zip(most, server.pool.drivers)]
-                time.sleep(0.005)
-        assert most == [3, 3], "least loaded first"
+            while sum(driver.rows for driver in server.pool.drivers) < 6:
+                time.sleep(0.01)
+            assert [driver.rows for driver in server.pool.drivers] == [3, 3], "least loaded first"
+            pace.free()
         assert len({future.result().json()["choices"][0]["text"] for future in running}) == 1
         assert 'worker="1"' in httpx.get(server.url + "/metrics").text
         wait_until_idle(server)
