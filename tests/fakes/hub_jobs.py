@@ -1,0 +1,229 @@
+"""The Jobs half of the loopback Hub. A "job" is a real process with the job's environment in an empty folder, its log a stream of server-sent events.
+
+What an image would hold comes from `image_env`: where the packages are. A job that is killed loses its disk, as the real ones do.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from tests.fakes.hub_upload import UploadHandler, UploadHub
+
+ENDED = ("COMPLETED", "ERROR", "CANCELED")
+
+
+def gpu(model, quantity, vram="80 GB"):
+    return {"type": "gpu", "model": model, "quantity": str(quantity), "vram": vram, "manufacturer": "Nvidia"}
+
+
+HARDWARE = [{"name": name, "prettyName": title, "cpu": cpu, "ram": ram, "accelerator": accelerator, "unitCostMicroUSD": round(dollars / 60 * 1e6),
+             "unitCostUSD": dollars / 60, "unitLabel": "minute"} for name, title, cpu, ram, accelerator, dollars in (
+    ("cpu-basic", "CPU Basic", "2 vCPU", "16 GB", None, 0.01), ("a10g-large", "Nvidia A10G - large", "12 vCPU", "46 GB", gpu("A10G", 1, "24 GB"), 1.5),
+    ("a100-large", "Nvidia A100 - large", "12 vCPU", "142 GB", gpu("A100", 1), 2.5), ("a100x8", "8x Nvidia A100", "96 vCPU", "1136 GB", gpu("A100", 8), 20.0))]
+
+
+def now():
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class Job:
+    """A process and what the API tells about it."""
+
+    def __init__(self, number, namespace, asked, folder, image_env):
+        self.id, self.namespace, self.asked, self.folder = f"{number:024x}", namespace, asked, Path(folder)
+        self.lines, self.stage, self.message, self.created, self.began = [], "RUNNING", None, now(), time.monotonic()
+        self.changed = threading.Condition()
+        self.folder.mkdir(parents=True)
+        hardware = next(one for one in HARDWARE if one["name"] == asked["flavor"])
+        environment = {"HOME": str(self.folder / "home"), "JOB_ID": self.id, "CPU_CORES": hardware["cpu"].split()[0], "MEMORY": hardware["ram"],
+                       "ACCELERATOR": hardware["accelerator"]["model"] if hardware["accelerator"] else "none", "WORKDIR": str(self.folder / "workspace"),
+                       **image_env, **asked["environment"], **asked.get("secrets", {})}
+        (self.folder / "home").mkdir()
+        (self.folder / "cwd").mkdir()
+        self.process = subprocess.Popen(asked["command"], cwd=self.folder / "cwd", env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        threading.Thread(target=self.read, daemon=True).start()
+        self.timer = threading.Timer(asked.get("timeoutSeconds", 1800), self.kill, ["ERROR", "Job timeout"])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            with self.changed:
+                self.lines.append(line.rstrip("\n"))
+                self.changed.notify_all()
+        code = self.process.wait()
+        self.timer.cancel()
+        self.end("COMPLETED" if code == 0 else "ERROR", None if code == 0 else f"Job failed with exit code: {code}")
+
+    def end(self, stage, message):
+        with self.changed:
+            if self.stage not in ENDED:
+                self.stage, self.message = stage, message
+            self.changed.notify_all()
+
+    def kill(self, stage="ERROR", message="killed"):
+        """Every process of the job at once, as when its machine dies; then its disk."""
+        self.end(stage, message)
+        deadline = time.monotonic() + 60
+        while (alive := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self.owns(pid)]) and time.monotonic() < deadline:
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            time.sleep(0.05)
+        self.process.wait(timeout=60)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def owns(self, pid):
+        try:
+            return f"JOB_ID={self.id}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+
+    def wait_for(self, test, seconds=600):
+        """Until `test(lines)` is true or the job has ended -> whether it is true."""
+        with self.changed:
+            self.changed.wait_for(lambda: test(self.lines) or self.stage in ENDED, timeout=seconds)
+            return test(self.lines)
+
+    def info(self):
+        seconds = int(time.monotonic() - self.began)
+        return {"id": self.id, "createdAt": self.created, "dockerImage": self.asked.get("dockerImage"), "command": self.asked["command"], "arguments": [],
+                "environment": self.asked["environment"], "flavor": self.asked["flavor"], "labels": self.asked.get("labels"),
+                "status": {"stage": self.stage, "message": self.message}, "durations": {"schedulingSecs": 1, "runningSecs": seconds, "totalSecs": seconds + 1},
+                "owner": {"id": "1", "name": self.namespace, "type": "user"}}
+
+
+class JobsHandler(UploadHandler):
+    routes = [
+        ("GET", r"/api/jobs/hardware", "hardware"),
+        ("POST", r"/api/jobs/([^/]+)", "start_job"),
+        ("GET", r"/api/jobs/([^/]+)", "list_jobs"),
+        ("GET", r"/api/jobs/([^/]+)/([^/]+)", "inspect_job"),
+        ("GET", r"/api/jobs/([^/]+)/([^/]+)/logs", "logs"),
+        ("POST", r"/api/jobs/([^/]+)/([^/]+)/cancel", "cancel_job"),
+        ("POST", r"/api/buckets/([^/]+)/([^/]+)", "create_bucket"),
+        *UploadHandler.routes,
+    ]
+
+    def hardware(self):
+        self.reply_json(HARDWARE)
+
+    def start_job(self, namespace, body):
+        if self.headers.get("Authorization") != "Bearer hf_fake":
+            return self.refuse(401, "Unauthorized")
+        asked = json.loads(body)
+        if self.hub.refusal:
+            return self.reply_json({"error": self.hub.refusal[1]}, self.hub.refusal[0])
+        if any(not value for value in asked.get("secrets", {}).values()):
+            return self.refuse(400, "EmptySecret")
+        with self.hub.lock:
+            number = len(self.hub.jobs) + 1
+            job = self.hub.jobs[f"{number:024x}"] = Job(number, namespace, asked, self.hub.root.parent / "jobs" / str(number), self.hub.image_env)
+        self.reply_json(job.info())
+
+    def list_jobs(self, namespace):
+        query = parse_qs(urlsplit(self.path).query)
+        wanted = [label.partition("=") for label in query.get("label", [])]
+        self.reply_json([job.info() for job in reversed(self.hub.jobs.values()) if job.namespace == namespace and ("stage" not in query or job.stage in query["stage"])
+                         and all((job.asked.get("labels") or {}).get(key) == value for key, _, value in wanted)])
+
+    def inspect_job(self, namespace, job_id):
+        return self.reply_json(self.hub.jobs[job_id].info()) if job_id in self.hub.jobs else self.refuse(404, "JobNotFound")
+
+    def cancel_job(self, namespace, job_id, body):
+        if job_id not in self.hub.jobs:
+            return self.refuse(404, "JobNotFound")
+        self.hub.jobs[job_id].kill("CANCELED", None)
+        self.reply_json(self.hub.jobs[job_id].info())
+
+    def logs(self, namespace, job_id):
+        """From the beginning, as they come; `cut_logs` of the hub counts how often the stream still breaks off after a few lines."""
+        if job_id not in self.hub.jobs:
+            return self.refuse(404, "JobNotFound")
+        job = self.hub.jobs[job_id]
+        with self.hub.lock:
+            cut, self.hub.cut_logs = self.hub.cut_logs > 0, max(0, self.hub.cut_logs - 1)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.close_connection = True
+        self.event("===== Job started =====")
+        sent = 0
+        while True:
+            with job.changed:
+                job.changed.wait_for(lambda: len(job.lines) > sent or job.stage in ENDED, timeout=5)
+                fresh, over = job.lines[sent:], job.stage in ENDED
+            try:
+                for line in fresh[:3] if cut else fresh:
+                    self.event(line)
+                if not fresh:
+                    self.wfile.write(b": keep-alive\n\n")
+            except OSError:
+                return None  # nobody listens any more
+            sent += len(fresh)
+            if over or cut and fresh:
+                return None
+
+    def event(self, text):
+        self.wfile.write(f"data: {json.dumps({'timestamp': now(), 'data': text})}\n\n".encode())
+        self.wfile.flush()
+
+    def create_bucket(self, namespace, name, body):
+        self.hub.buckets.add(f"{namespace}/{name}")
+        self.reply_json({"url": f"{self.hub.url}/buckets/{namespace}/{name}", "id": f"{namespace}/{name}"})
+
+    def revision(self, kind, repo, revision="main"):
+        """Private where it was made so; the listing is of the moment."""
+        self.private = self.hub.private.get(repo, False)
+        return super().revision(kind, repo, revision) if revision != "main" else super().revision(kind, repo)
+
+    def reply_json(self, value, status=200):
+        if isinstance(value, dict) and "siblings" in value:
+            value["private"] = self.private
+        super().reply_json(value, status)
+
+    def commit(self, repo, revision, body):
+        """As in an upload, and deletions."""
+        rest = []
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "deletedFile":
+                (self.hub.repos[f"models/{repo}"] / entry["value"]["path"]).unlink()
+            else:
+                rest.append(line)
+        super().commit(repo, revision, "\n".join(rest).encode())
+
+
+class JobsHub(UploadHub):
+    """UploadHub that runs jobs: `hub.jobs` {id: Job}; `hub.refusal` (status, message) refuses new ones."""
+    handler = JobsHandler
+
+    def __init__(self, root, image_env=None):
+        super().__init__(root)
+        self.jobs, self.buckets, self.refusal, self.cut_logs = {}, set(), None, 0
+        self.image_env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "USE_ACTIVE_ENV": "1", "OMP_NUM_THREADS": "1", **(image_env or {})}
+
+    def __enter__(self):
+        hub = super().__enter__()
+        self.image_env |= {name: value for name, value in self.env("").items() if name not in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE")}
+        return hub
+
+    def __exit__(self, *exception):
+        for job in self.jobs.values():
+            if job.stage not in ENDED:
+                job.kill()
+        super().__exit__(*exception)
+
+    @property
+    def newest(self):
+        return list(self.jobs.values())[-1]
