@@ -10,8 +10,9 @@ from nanochat.huggingface.card import model_card
 from nanochat.huggingface.folder import write_folder
 
 
-def export_checkpoint(stage, model_tag, step, output, dtype, command, name="", extras=(), overwrite=False):
+def export_checkpoint(stage, model_tag, step, output, dtype, command, name="", extras=(), overwrite=False, finish=None):
     """Load a checkpoint and write it as a Hugging Face folder, with copies of the files `extras` -> (the folder, its metadata).
+    `finish(folder, meta)` may add to what is there before the folder takes its place.
     "{model_tag}" in `output` stands for the tag that is found."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}: leave it out for float32, which is exact")
@@ -23,7 +24,11 @@ def export_checkpoint(stage, model_tag, step, output, dtype, command, name="", e
 
     def add_extras(folder):
         for path in extras:
+            if (folder / Path(path).name).exists():
+                raise ValueError(f"{path} would replace the release's own {Path(path).name}: give it another name")
             shutil.copyfile(path, folder / Path(path).name)
+        if finish:
+            finish(folder, meta)
 
     write_folder(output, model, tokenizer, meta, model_card(meta, model.num_params(), command, name, dtype), DTYPES[dtype],
                  overwrite, add_extras)

@@ -73,11 +73,11 @@ def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, o
         (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
-        if add:
-            add(partial)
         kept = {name: value for name, value in meta.items() if name not in ("files", "model_config")}
         kept["files"] = {name: sha256(partial / name) for name in ("model.safetensors", "tokenizer.json", "config.json")}
         (partial / META).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        if add:
+            add(partial)
 
 
 @contextmanager

@@ -16,6 +16,13 @@ def check_repo(repo):
     return repo
 
 
+def own_repo(name):
+    """`name` in the account whose token is in force, as user/name."""
+    from huggingface_hub import HfApi
+    with hub_errors(name):
+        return check_repo(f"{HfApi().whoami()['name']}/{name}")
+
+
 @contextmanager
 def hub_errors(repo):
     """The client's many exceptions -> one ValueError, in words."""
