@@ -38,19 +38,16 @@ class Flavor:
         return f"{self.name} ({self.title}, {self.gpus} GPU{'s' * (self.gpus != 1)}, {self.cpu}, {self.ram}, {dollars(self.cents_per_hour)} an hour)"
 
 
-def call(api, name, *arguments, **keywords):
-    """A method of HfApi by its name, without the keywords that this version of huggingface_hub does not know and that are None or empty."""
-    method = getattr(api, name, None)
-    if method is None:
+def call(api, method_name, /, *arguments, **keywords):
+    """A method of HfApi by its name, without those empty keywords that this version of huggingface_hub does not know."""
+    method = getattr(api, method_name, None)
+    known = inspect.signature(method).parameters if method else {}
+    lost = [name for name, value in keywords.items() if value and name not in known]
+    if method is None or lost:
         import huggingface_hub
-        raise ValueError(f"huggingface_hub {huggingface_hub.__version__} has no {name}: pip install -U huggingface_hub")
-    known = inspect.signature(method).parameters
-    lost = [key for key, value in keywords.items() if key not in known and value]
-    if lost and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        import huggingface_hub
-        raise ValueError(f"huggingface_hub {huggingface_hub.__version__} has no {', '.join(lost)} for {name}: pip install -U huggingface_hub")
+        raise ValueError(f"huggingface_hub {huggingface_hub.__version__} has no {', '.join(lost) or method_name} for {method_name}: pip install -U huggingface_hub")
     with hub_errors("jobs"):
-        return method(*arguments, **{key: value for key, value in keywords.items() if key in known or value})
+        return method(*arguments, **{name: value for name, value in keywords.items() if name in known})
 
 
 def flavors(api):
