@@ -35,9 +35,12 @@ if [ "$PRESET" = cpu ]; then
     stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-120}" --num-samples=16 --examples-per-step=32 \
                      --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
-        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256
+        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 \
+                           --controls --control-problems=300
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA_test" "rl_${TAG}_AQUA_test"
+    stage reasoning  python -m scripts.reasoning_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 --max-problems=500
+    stage leaks      python -m scripts.contamination --recipe=offline
 else
     TAG="d${DEPTH:-8}"
     stage shards     python -m nanochat.dataset -n "${SHARDS:-40}"
@@ -55,9 +58,10 @@ else
                      --examples-per-step="$(times_ranks 16)" ${RL_ARGS:-}
     NPROC_PER_NODE=$gpus choose_hardware
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
-        stage eval-$source $LAUNCH scripts.chat_eval -i $source -g "$TAG" -a AQUA --max-new-tokens=256
+        stage eval-$source $LAUNCH scripts.chat_eval -i $source -g "$TAG" -a AQUA --max-new-tokens=256 --controls
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA" "rl_${TAG}_AQUA"
+    stage reasoning  $LAUNCH scripts.reasoning_eval -i rl -g "$TAG" -a AQUA
 fi
 stage report         python -m nanochat.report generate
 python -m nanochat.report summarize "$WANDB_RUN"

@@ -118,8 +118,9 @@ class Engine:
         return (self.decoder or self.model).hidden(inputs, kv_cache)
 
     def logits(self, hidden):
-        """(n, C) -> what RowSampler takes, (n, V)."""
-        return self.model.logits(hidden) if self.decoder is None else self.decoder.raw_logits(hidden)
+        """(n, C) -> what RowSampler takes, (n, V): no rows that only pad the vocabulary, which are no token's."""
+        logits = self.model.logits(hidden) if self.decoder is None else self.decoder.raw_logits(hidden)
+        return logits[:, :self.tokenizer.vocab_size]
 
     # ------------------------------------------------------------ whole completions
 
@@ -358,7 +359,8 @@ class RowSampler:
         uniform = torch.from_numpy(uniforms(self.keys, draws)).to(self.device)
         tokens, logprobs = self.sampler(logits, uniform)
         tokens, logprobs = torch.stack((tokens.double(), logprobs)).tolist()
-        assert not math.isnan(sum(logprobs)), "the model's logits are not finite"
+        if math.isnan(sum(logprobs)):
+            raise FloatingPointError("the model's logits are not finite: its weights are damaged; take an earlier checkpoint (--step), or train on from one at a lower rate")
         return list(map(int, tokens)), logprobs
 
 
