@@ -141,7 +141,7 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    save_dir: str                   # results go to save_dir/experiment_name; relative to the repository
+    save_dir: str                   # results go to save_dir/experiment_name; relative to dev/integration_training
     log_level: str                  # warning: no lines of progress. info. debug: also each logged step's rollouts, to read
     experiment_name: str
     use_wandb: bool                 # the JSONL is written in any case

@@ -11,7 +11,7 @@ config = Config(
     model=ModelConfig(name="tiny-gpt", dtype="float32", compile=False),
     data=DataConfig(sft_mixture=problems("train", 20_000), sft_eval_mixture=problems("validation", 500), rl_mixture=problems("train", 20_000),
                     rl_eval_mixture=problems("validation", 500), max_length=128, shuffle_seed=42),
-    sft=SFTConfig(num_epochs=1, num_iterations=300, batch_size=8, target_examples_per_step=64, optimizer="adamw", embedding_lr=0.01, unembedding_lr=0.003,
+    sft=SFTConfig(num_epochs=1, num_iterations=300, batch_size=8, target_examples_per_step=64, optimizer="adamw", embedding_lr=0.005, unembedding_lr=0.003,
                   matrix_lr=0.003, weight_decay=0.0, init_lr_frac=1.0, warmup_ratio=0.05, lr_decay_style="linear", adam_beta1=0.9, adam_beta2=0.95,
                   adam_eps=1e-8, clip_grad=1.0, eval_every=100, eval_steps=500, eval_max_new_tokens=16, checkpoint_every=150, log_every=10),
     rl=RLConfig(num_epochs=1, num_iterations=100, examples_per_step=32, num_samples=8, batch_size=64, max_new_tokens=16, temperature=1.0, top_k=None,

@@ -192,12 +192,12 @@ def multiple_choice(row):
 # -- made problems ----------------------------------------------------------------------------------------------------
 
 def sorting(r):
-    digits = [r.randrange(10) for _ in range(5)]
+    digits = [r.randrange(10) for _ in range(r.randint(2, 6))]
     return f"Sort {' '.join(map(str, digits))}", " ".join(map(str, sorted(digits)))
 
 
 def reversing(r):
-    digits = [r.randrange(10) for _ in range(5)]
+    digits = [r.randrange(10) for _ in range(r.randint(2, 6))]
     return f"Reverse {' '.join(map(str, digits))}", " ".join(map(str, reversed(digits)))
 
 
