@@ -22,6 +22,7 @@ from nanochat.common import Compute, base_dir, compute_init, print0, write_atomi
 from nanochat.configurator import config_dict
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sharding import load_tensors, place, whole_tensors
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import LoopState, rng_state, set_rng_state
 
@@ -43,9 +44,10 @@ def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, 
     shard = {"optimizer": optimizer.state_dict(), "rng": rng_state(), "loader": state.loader}  # what differs between ranks
     shard_name = f"optim_{state.step:06d}_rank{compute.rank}.pt"
     files = {shard_name: write_tensors(folder / shard_name, shard)}
+    weights = whole_tensors(model, keep=compute.is_master)
     if compute.is_master:
         model_name = f"model_{state.step:06d}.pt"
-        files[model_name] = write_tensors(folder / model_name, model.state_dict())
+        files[model_name] = write_tensors(folder / model_name, weights)
     files = {name: digest for part in compute.gather_objects(files) for name, digest in part.items()}
     if compute.is_master:
         meta = {"stage": stage, "model_tag": model_tag, "step": state.step, "finished": finished,
@@ -135,19 +137,19 @@ def find_model_tag(stage):
     return max(tags)[1]
 
 
-def load_model(stage, device="cpu", phase="eval", model_tag=None, step=None, dtype=""):
+def load_model(stage, device="cpu", phase="eval", model_tag=None, step=None, dtype="", shard="none"):
     """-> (model, tokenizer, meta): the model of the newest whole checkpoint (or of `step`), in eval or train mode.
 
-    `device` is a Compute, a torch.device or a name. `model_tag` None = the one saved last. ValueError where nothing whole is found
+    `device` is a Compute, a torch.device or a name; `shard` divides the model over the ranks of a Compute. `model_tag` None = the one saved last. ValueError where nothing whole is found
     or where the tokenizer on disk is not the one the model was trained with.
     """
     if phase not in ("eval", "train"):
         raise ValueError(f"phase={phase!r} is neither 'eval' nor 'train'")
     if isinstance(device, Compute):
-        device, compute_dtype = device.device, device.dtype
+        compute = device
     else:
-        compute = compute_init(torch.device(device).type, dtype)
-        device, compute_dtype = torch.device(device), compute.dtype
+        found = compute_init(torch.device(device).type, dtype)
+        compute = dataclasses.replace(found, device=torch.device(device))
     stage_dir(stage, "")
     model_tag = model_tag or find_model_tag(stage)
     folder = stage_dir(stage, model_tag)
@@ -156,9 +158,9 @@ def load_model(stage, device="cpu", phase="eval", model_tag=None, step=None, dty
         raise ValueError(f"there is no whole checkpoint in {folder}: run the {stage} stage first")
     tokenizer = get_tokenizer()
     check_tokenizer(tokenizer, meta, folder)
-    model = GPT(GPTConfig(**meta["model_config"]), compute_dtype)
+    model = GPT(GPTConfig(**meta["model_config"]), compute.dtype)
     model.load_state_dict(read_tensors(folder / f"model_{meta['step']:06d}.pt"))
-    model.to(device)
+    model = place(model, compute, shard)
     model.train(phase == "train")
     return model, tokenizer, meta
 
@@ -202,7 +204,7 @@ def start_or_resume(stage, model_tag, config, compute, model, optimizer):
         return LoopState()
     meta = read_meta(folder, min(steps), compute)
     check_same_run(meta["config"], config_dict(config), folder)
-    model.load_state_dict(read_tensors(folder / f"model_{meta['step']:06d}.pt"))
+    load_tensors(model, read_tensors(folder / f"model_{meta['step']:06d}.pt"))
     shards = [read_tensors(folder / name) for name in shard_names(meta, compute)]
     optimizer.load_state_dict(*(shard["optimizer"] for shard in shards))
     set_rng_state(shards[0]["rng"])
@@ -227,7 +229,7 @@ def clear(folder):
 
 
 # fields that may change between a run and its continuation, because they only say how to watch it
-FREE_FIELDS = {"run", "resume", "overwrite", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile", "preflight"}
+FREE_FIELDS = {"run", "resume", "overwrite", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile", "preflight", "shard"}
 
 
 def check_same_run(saved, given, folder):

@@ -130,6 +130,7 @@ class GPT(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32):
         super().__init__()
         self.config, self.compute_dtype, self.compiled = config, compute_dtype, False
+        self.is_divided = False  # over the ranks: sharding.place
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
@@ -165,6 +166,11 @@ class GPT(nn.Module):
     def compile_for_training(self):
         """Fuse the blocks and the loss with torch.compile. Cached decoding stays eager: its shapes change at every step."""
         self.compiled = True
+        if self.is_divided:  # each block alone: its weights are gathered before it and let go behind it
+            for block in self.transformer.h:
+                block.forward = torch.compile(block.forward, dynamic=False)
+            self.fused_blocks = self.run_blocks
+            return
         self.fused_blocks = torch.compile(self.run_blocks, dynamic=False)
 
     def run_blocks(self, x, cos, sin, kv_cache=None, mask=None):

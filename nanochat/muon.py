@@ -22,15 +22,22 @@ def orthogonalize(stack, ns_steps=5, dtype=torch.bfloat16):
     return x.mT if tall else x
 
 
-def muon_update(stack, grads, state, lr, momentum, weight_decay, ns_steps=5, dtype=torch.bfloat16):
-    """One step in place on a stack (K, m, n) of weights; `state` (empty at first) keeps the momentum buffer. Nesterov momentum.
-
-    The step of an (m, n) matrix is scaled by sqrt(max(1, m / n)), so that tall and wide layers move alike.
-    """
+def muon_direction(grads, state, momentum, ns_steps=5, dtype=torch.bfloat16):
+    """A stack of gradients (K, m, n) -> where each matrix goes, near orthogonal, in `dtype`; `state` (empty at first) keeps the momentum
+    buffer. Nesterov momentum."""
     if not state:
-        state["momentum_buffer"] = torch.zeros_like(stack)
+        state["momentum_buffer"] = torch.zeros_like(grads)
     state["momentum_buffer"].lerp_(grads, 1 - momentum)
-    update = orthogonalize(grads.lerp(state["momentum_buffer"], momentum), ns_steps, dtype)
-    weights_scale = max(1.0, stack.size(1) / stack.size(2)) ** 0.5
-    stack.mul_(1 - lr * weight_decay)
-    stack.add_(update.to(stack.dtype), alpha=-lr * weights_scale)
+    return orthogonalize(grads.lerp(state["momentum_buffer"], momentum), ns_steps, dtype)
+
+
+def muon_move(weights, direction, m, n, lr, weight_decay):
+    """Go there, in place: a stack of (m, n) matrices, or any rows of them. The step is scaled by sqrt(max(1, m / n)), so that tall and
+    wide layers move alike."""
+    weights.mul_(1 - lr * weight_decay)
+    weights.add_(direction.to(weights.dtype), alpha=-lr * max(1.0, m / n) ** 0.5)
+
+
+def muon_update(stack, grads, state, lr, momentum, weight_decay, ns_steps=5, dtype=torch.bfloat16):
+    """One step in place on a stack (K, m, n) of weights."""
+    muon_move(stack, muon_direction(grads, state, momentum, ns_steps, dtype), stack.size(1), stack.size(2), lr, weight_decay)

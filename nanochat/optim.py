@@ -2,14 +2,16 @@
 
 Matrices of one shape form one stack (K, m, n). Over W ranks a stack is padded to a multiple of W, reduce-scattered, updated
 in shards, all-gathered: every rank keeps 1/W of the optimizer state (ZeRO stage 2, arXiv 1910.02054). An AdamW tensor is cut
-along its rows in the same way. The arithmetic is in adamw.py and muon.py and does not know of ranks.
+along its rows in the same way. Of a model that `sharding.py` has divided every rank keeps 1/W of weights and gradients too (ZeRO
+stage 3); its share of the optimizer state stays the very same. The arithmetic is in adamw.py and muon.py and does not know of ranks.
 """
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanochat.adamw import adamw_update
 from nanochat.common import Compute
-from nanochat.muon import muon_update
+from nanochat.muon import muon_direction, muon_move, muon_update
 
 
 class Bundle:
@@ -41,6 +43,103 @@ class Bundle:
         missing = self.share * self.world_size - self.rows
         return self.mine(torch.cat((whole, whole.new_zeros(missing, *whole.shape[1:])))).clone()
 
+    def start_reduce(self):
+        """Set `shard_grad`, the average over ranks of this rank's share of the gradient; it holds after `finish_reduce`."""
+        whole = self.stacked([torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights])
+        if self.world_size == 1:
+            self.shard_grad = whole
+            return
+        self.shard_grad = torch.empty_like(self.mine(whole))
+        self.work = dist.reduce_scatter_tensor(self.shard_grad, whole.contiguous(), op=dist.ReduceOp.SUM, async_op=True)
+
+    def finish_reduce(self):
+        if self.work is not None:  # wait(), not get_future(): gloo has none
+            self.work.wait()
+            self.shard_grad.div_(self.world_size)
+            self.work = None
+
+    def update(self, lr_mult, momentum):
+        """Move this rank's share; afterwards `shard` holds it. An all-padding share has nothing to move."""
+        self.shard = self.mine(self.stacked([weight.data for weight in self.weights]))
+        hyper = {**self.hyper, "lr": self.hyper["lr"] * lr_mult}
+        if self.kind == "adamw":
+            adamw_update(self.shard, self.shard_grad, self.state, **hyper)
+        else:
+            muon_update(self.shard, self.shard_grad, self.state, momentum=momentum, **hyper)
+
+    def collect(self):
+        """Give the moved shares to every rank and write them into the model's weights."""
+        whole = self.shard
+        if self.world_size > 1:
+            whole = torch.empty(self.share * self.world_size, *self.shard.shape[1:], dtype=self.shard.dtype, device=self.shard.device)
+            dist.all_gather_into_tensor(whole, self.shard.contiguous())
+        rows = whole[:self.rows] if self.kind == "muon" else [whole[:self.rows]]
+        for weight, row in zip(self.weights, rows):
+            if row.data_ptr() != weight.data_ptr():
+                weight.copy_(row)
+        self.shard = self.shard_grad = None
+
+
+class ShardedBundle(Bundle):
+    """The same parameters where each rank holds rows of every one of them, and FSDP2 has averaged the gradient of those rows.
+
+    AdamW moves the rows where they are. Muon needs whole matrices: the ranks swap gradient rows, each gets the matrices of its share
+    whole, finds their directions, and they swap rows of these back. No rank ever holds more than 1/W of anything."""
+
+    def start_reduce(self):
+        rows = [torch.zeros_like(mine) if weight.grad is None else weight.grad.to_local() for weight, mine in zip(self.weights, self.local_rows())]
+        if self.kind == "adamw":
+            self.shard_grad = pad_rows(rows[0], self.share)
+            return
+        rows = torch.stack([pad_rows(mine, self.rows_per_rank) for mine in rows])  # (K, m / W, n)
+        rows = F.pad(rows, (0, 0, 0, 0, 0, self.share * self.world_size - self.rows))
+        self.received = torch.empty_like(rows)
+        self.sent = rows  # alive until it has left
+        self.work = dist.all_to_all_single(self.received, rows, async_op=True)
+
+    def finish_reduce(self):
+        if self.work is not None:
+            self.work.wait()
+            whole = self.received.unflatten(0, (self.world_size, self.share)).transpose(0, 1).flatten(1, 2)  # (share, m + padding, n)
+            self.shard_grad = whole[:, :self.weights[0].size(0)].contiguous()
+            self.work = self.sent = self.received = None
+
+    def update(self, lr_mult, momentum):
+        hyper = {**self.hyper, "lr": self.hyper["lr"] * lr_mult}
+        self.lr = hyper["lr"]
+        if self.kind == "adamw":
+            (mine,) = self.local_rows()
+            padded = pad_rows(mine, self.share)
+            adamw_update(padded, self.shard_grad, self.state, **hyper)
+            mine.copy_(padded[:len(mine)])
+            return
+        direction = muon_direction(self.shard_grad, self.state, momentum, hyper["ns_steps"], hyper["dtype"])  # (share, m, n)
+        missing = self.rows_per_rank * self.world_size - direction.size(1)
+        self.sent = F.pad(direction, (0, 0, 0, missing)).unflatten(1, (self.world_size, -1)).transpose(0, 1).contiguous()
+        self.received = torch.empty_like(self.sent)
+        self.work = dist.all_to_all_single(self.received, self.sent, async_op=True)
+
+    def collect(self):
+        if self.work is not None:
+            self.work.wait()
+            m, n = self.weights[0].shape
+            for mine, direction in zip(self.local_rows(), self.received.flatten(0, 1)):
+                muon_move(mine, direction[:len(mine)], m, n, self.lr, self.hyper["weight_decay"])
+            self.work = self.sent = self.received = None
+        self.shard_grad = None
+
+    def local_rows(self):
+        return [weight.to_local() for weight in self.weights]
+
+    @property
+    def rows_per_rank(self):
+        return -(-self.weights[0].size(0) // self.world_size)
+
+
+def pad_rows(rows, count):
+    """(r, n) -> (count, n), zeros behind; the same tensor where nothing is missing."""
+    return F.pad(rows, (0, 0, 0, count - len(rows))) if len(rows) < count else rows
+
 
 class MuonAdamW:
     """`zero_grad()`, `step(lr_mult, grad_clip, momentum) -> gradient norm`, `state_dict()`, `load_state_dict()`.
@@ -55,18 +154,19 @@ class MuonAdamW:
         self.compute = compute or Compute(model.device, model.compute_dtype)
         rank, world_size = self.compute.rank, self.compute.world_size
         width_scale = (model.config.n_embd / 768) ** -0.5
+        make = ShardedBundle if model.is_divided else Bundle
         adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.bundles = [
-            Bundle("adamw", ["transformer.wte.weight"], [model.transformer.wte.weight], rank, world_size, lr=embedding_lr * width_scale, **adam),
-            Bundle("adamw", ["lm_head.weight"], [model.lm_head.weight], rank, world_size, lr=unembedding_lr * width_scale, **adam),
+            make("adamw", ["transformer.wte.weight"], [model.transformer.wte.weight], rank, world_size, lr=embedding_lr * width_scale, **adam),
+            make("adamw", ["lm_head.weight"], [model.lm_head.weight], rank, world_size, lr=unembedding_lr * width_scale, **adam),
         ]
         by_shape = {}
         for name, weight in model.transformer.h.named_parameters():
             by_shape.setdefault(tuple(weight.shape), []).append((f"transformer.h.{name}", weight))
         for shape in sorted(by_shape):
             names, weights = zip(*by_shape[shape])
-            self.bundles.append(Bundle("muon", list(names), list(weights), rank, world_size,
-                                       lr=matrix_lr, weight_decay=weight_decay, ns_steps=ns_steps, dtype=model.compute_dtype))
+            self.bundles.append(make("muon", list(names), list(weights), rank, world_size,
+                                     lr=matrix_lr, weight_decay=weight_decay, ns_steps=ns_steps, dtype=model.compute_dtype))
 
     def zero_grad(self):
         for bundle in self.bundles:
@@ -76,55 +176,20 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, lr_mult=1.0, grad_clip=0.0, momentum=0.95):
         """Average, clip to `grad_clip` (0 = off), update. -> the norm of the averaged gradient before clipping, a float."""
-        self.reduce_gradients()
+        for bundle in self.bundles:  # all are started, then awaited
+            bundle.start_reduce()
+        for bundle in self.bundles:
+            bundle.finish_reduce()
         square = sum(bundle.shard_grad.float().square().sum() for bundle in self.bundles)
         norm = float(self.compute.sum(square).sqrt())
         if grad_clip and norm > grad_clip:
             for bundle in self.bundles:
                 bundle.shard_grad.mul_(grad_clip / norm)
         for bundle in self.bundles:
-            self.update(bundle, lr_mult, momentum)
+            bundle.update(lr_mult, momentum)
         for bundle in self.bundles:
-            self.collect(bundle)
+            bundle.collect()
         return norm
-
-    def reduce_gradients(self):
-        """Every bundle's `shard_grad`: the average over ranks of its share of the gradient. Started all at once, then awaited."""
-        world_size = self.compute.world_size
-        for bundle in self.bundles:
-            grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bundle.weights]
-            whole = bundle.stacked(grads)
-            if world_size == 1:
-                bundle.shard_grad = whole
-                continue
-            bundle.shard_grad = torch.empty_like(bundle.mine(whole))
-            bundle.work = dist.reduce_scatter_tensor(bundle.shard_grad, whole.contiguous(), op=dist.ReduceOp.SUM, async_op=True)
-        for bundle in self.bundles:
-            if bundle.work is not None:  # wait(), not get_future(): gloo has none
-                bundle.work.wait()
-                bundle.shard_grad.div_(world_size)
-                bundle.work = None
-
-    def update(self, bundle, lr_mult, momentum):
-        """Move this rank's share; afterwards `bundle.shard` holds it. An all-padding share has nothing to move."""
-        bundle.shard = bundle.mine(bundle.stacked([weight.data for weight in bundle.weights]))
-        hyper = {**bundle.hyper, "lr": bundle.hyper["lr"] * lr_mult}
-        if bundle.kind == "adamw":
-            adamw_update(bundle.shard, bundle.shard_grad, bundle.state, **hyper)
-        else:
-            muon_update(bundle.shard, bundle.shard_grad, bundle.state, momentum=momentum, **hyper)
-
-    def collect(self, bundle):
-        """Give the moved shares to every rank and write them into the model's weights."""
-        whole = bundle.shard
-        if self.compute.world_size > 1:
-            whole = torch.empty(bundle.share * bundle.world_size, *bundle.shard.shape[1:], dtype=bundle.shard.dtype, device=bundle.shard.device)
-            dist.all_gather_into_tensor(whole, bundle.shard.contiguous())
-        rows = whole[:bundle.rows] if bundle.kind == "muon" else [whole[:bundle.rows]]
-        for weight, row in zip(bundle.weights, rows):
-            if row.data_ptr() != weight.data_ptr():
-                weight.copy_(row)
-        bundle.shard = bundle.shard_grad = None
 
     def state_dict(self):
         """This rank's share of the state, by the names of the parameters it belongs to."""

@@ -17,6 +17,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import muon_momentum, warmup_warmdown
+from nanochat.sharding import place, whole_model
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Throughput, accumulate, data_metrics, every, num_micro_batches, optimizer_step, seed_everything, steps, take
 
@@ -31,6 +32,7 @@ class Config:
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
     compile: bool = True                # fuse with torch.compile; costs half a minute once, pays from a few hundred steps on
+    shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2), for models that do not fit one device
     seed: int = 42                      # seed of the initial weights
     # Model
     depth: int = 20                     # number of layers; width is 64 * depth
@@ -73,8 +75,9 @@ def main(config):
     tokenizer = get_tokenizer()
     model_tag = config.model_tag or f"d{config.depth}"
     model = GPT(config_from_depth(config.depth, tokenizer.vocab_size, config.max_seq_len, config.n_embd, config.head_dim,
-                                  config.n_kv_head), compute.dtype).to(compute.device)
+                                  config.n_kv_head), compute.dtype)
     model.init_weights(config.seed)
+    model = place(model, compute, config.shard)
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     state = start_or_resume("base", model_tag, config, compute, model, optimizer)
     if config.compile:
@@ -111,8 +114,10 @@ def main(config):
             val_batches.close()
             val_bpb = val["bpb"]
             logger.log(step, {"val/bpb": val_bpb, "val/loss": val["loss"], **data_metrics(train_batches, compute)})
-        if every(config.sample_every, step, num_steps) and compute.is_master:
-            logger.log_text(step, "samples", "\n".join(sample_texts(model, tokenizer)))
+        if every(config.sample_every, step, num_steps):
+            sampler = whole_model(model, compute, keep=compute.is_master)
+            if compute.is_master:
+                logger.log_text(step, "samples", "\n".join(sample_texts(sampler, tokenizer)))
         if step > 0 and every(config.save_every, step, num_steps) or step == num_steps:
             save(finished=step == num_steps)
         if step == num_steps:

@@ -16,6 +16,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.report import add_section
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay, muon_momentum
+from nanochat.sharding import whole_model
 from nanochat.training import Throughput, accumulate, data_metrics, every, optimizer_step, seed_everything, steps, take
 from tasks.common import TaskMixture, best_constant, build_mixture
 from tasks.evaluation import quick_accuracy
@@ -32,6 +33,7 @@ class Config:
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
     compile: bool = True                # fuse with torch.compile
+    shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2), for models that do not fit one device
     seed: int = 42                      # seed of the data order
     sft_recipe: str = "default"         # [--recipe] mixture from nanochat/data_recipes.py
     data_dir: str | None = None         # folder of AQuA splits (None = NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, the base directory, the Hub)
@@ -85,13 +87,12 @@ def main(config):
     seed_everything(config.seed)
 
     # Model and optimizer: the parent's weights, a fresh optimizer
-    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step)
+    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step, shard=config.shard)
     config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"], "max_seq_len": model.config.sequence_len},
                      "model_tag", "output_tag", "step", "max_seq_len")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     refuse_own_parent("sft", config.source, config)
     state = start_or_resume("sft", config.output_tag, config, compute, model, optimizer)
-    engine = Engine(model, tokenizer)
 
     # Data: the recipe's rows, conversation at its share of the whole, and what val/bpb is measured on
     extra = {"AQUA": {"data_dir": config.data_dir}} if config.data_dir else {}
@@ -134,7 +135,7 @@ def main(config):
             metrics.update({"val/bpb": val["bpb"], "val/loss": val["loss"]})
             logger.log(step, {"val/bpb": val["bpb"], "val/loss": val["loss"], **data_metrics(train_batches, compute)})
         if judged_task and every(config.eval_metrics_every, step, num_steps):
-            engine.refresh()
+            engine = Engine(whole_model(model, compute), tokenizer)
             accuracy = quick_accuracy(judged_task, engine, tokenizer, compute, config.eval_metrics_max_problems, config.max_new_tokens)
             metrics.update(accuracy)
             logger.log(step, {**accuracy, "eval/best_constant": share})

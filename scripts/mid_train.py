@@ -29,6 +29,7 @@ class Config:
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
     compile: bool = True                # fuse with torch.compile
+    shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2), for models that do not fit one device
     seed: int = 42                      # seed of the data order
     recipe: str = "default"             # mixture from nanochat/data_recipes.py
     data_dir: str | None = None         # folder of AQuA splits (None = NANOCHAT_AQUA_DIR, AQUA_DATA_DIR, the base directory, the Hub)
@@ -63,7 +64,7 @@ def main(config):
     seed_everything(config.seed)
 
     # Model and optimizer: the base model's weights, a fresh optimizer
-    model, tokenizer, parent = load_model("base", compute, "train", config.model_tag, config.step)
+    model, tokenizer, parent = load_model("base", compute, "train", config.model_tag, config.step, shard=config.shard)
     config = inherit(config, {**parent["config"], "model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]},
                      "model_tag", "output_tag", "step", "max_seq_len", "device_batch_size", "total_batch_size", "mask_documents")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
