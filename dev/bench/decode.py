@@ -52,7 +52,7 @@ class Numbers:
     """What the engine asks of a tokenizer, for a model that has never seen text."""
 
     def __init__(self, vocab_size):
-        self.first, self.bos_id = vocab_size - len(MARKERS), vocab_size - len(MARKERS)
+        self.vocab_size, self.first, self.bos_id = vocab_size, vocab_size - len(MARKERS), vocab_size - len(MARKERS)
 
     def encode_special(self, name):
         return self.first + MARKERS.index(name[2:-2])
