@@ -3,7 +3,7 @@
 # variables say (account, partition, gres, time).
 
 if [ -n "${COMMON_IS_SOURCED:-}" ]; then return; fi  # a phase is a stage's job with other defaults
-COMMON_IS_SOURCED=1 PHASE= PARENT_TAG= ASKED= STEP= STOP_WITH= RESULTS=
+COMMON_IS_SOURCED=1 PHASE= PARENT_TAG= ASKED= SRUN= STOP_WITH= RESULTS=
 set -euo pipefail
 
 # sbatch copies a script to a spool folder, so only where it was submitted tells where the repository is
@@ -121,7 +121,7 @@ launch() {
 asked_to_stop() {
     say "asked to stop: the time limit is near, or somebody has sent USR1"
     ASKED=1
-    if [ -n "$STEP" ]; then (while kill -0 "$STEP" 2>/dev/null; do scancel --signal="$STOP_WITH" "$SLURM_JOB_ID" || true; sleep 3; done) & fi
+    if [ -n "$SRUN" ]; then (while kill -0 "$SRUN" 2>/dev/null; do scancel --signal="$STOP_WITH" "$SLURM_JOB_ID" || true; sleep 3; done) & fi
 }
 
 # run_step ARGUMENTS: one srun over all nodes. A job that is asked to stop meanwhile goes back to the queue.
@@ -132,10 +132,10 @@ run_step() {
     if [ -z "$ASKED" ]; then
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
             bash -c "$(declare -f on_node); on_node \"\$@\"" on_node "$@" &
-        STEP=$!
-        wait "$STEP" || status=$?
-        while kill -0 "$STEP" 2>/dev/null; do status=0; wait "$STEP" || status=$?; done  # a signal ends the wait, not the step
-        STEP=
+        SRUN=$!
+        wait "$SRUN" || status=$?
+        while kill -0 "$SRUN" 2>/dev/null; do status=0; wait "$SRUN" || status=$?; done  # a signal ends the wait, not the step
+        SRUN=
         if [ "$status" = 0 ]; then return; fi
     fi
     if [ -n "$ASKED" ] || [ "$status" = 75 ]; then go_on_later "$before"; fi
