@@ -35,8 +35,8 @@ if [ "$PRESET" = cpu ]; then
     stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-120}" --num-samples=16 --examples-per-step=32 \
                      --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
-        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 \
-                           --controls --control-problems=300
+        case $source in sft|rl) controls="--controls --control-problems=500" ;; *) controls= ;; esac  # before SFT there is little to control
+        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $controls
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA_test" "rl_${TAG}_AQUA_test"
     stage reasoning  python -m scripts.reasoning_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 --max-problems=500
