@@ -13,7 +13,7 @@ from nanochat.run_logger import read_log
 from tests.logged_run import logged_run
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "nanochat").rglob("*.py"), *(ROOT / "dev").rglob("*.py"), *ROOT.glob("*.py")])
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "nanochat").rglob("*.py"), *(ROOT / "dev").rglob("*.py"), *(ROOT / "hf_jobs").glob("*.py"), *ROOT.glob("*.py")])
 MARKDOWN = sorted({*ROOT.glob("*.md"), *(path for room in ("docs", "dev", "hf_jobs", "slurm", "scripts") for path in (ROOT / room).rglob("*.md"))})
 SHELL = sorted({*ROOT.glob("*.sh"), *(path for room in ("scripts", "dev", "hf_jobs", "slurm") for path in (ROOT / room).rglob("*.sh"))})
 ALWAYS = {"--help", "-h", "--config"}
@@ -22,7 +22,7 @@ EXTERNAL = {"--standalone", "--nproc_per_node", "--nnodes", "--extra", "--inexac
             "--release", "--quiet", "--no-dev", "--locked", "--from", "--export", "--dependency", "--gres", "--partition", "--nodelist", "--array", "--job-name", "--time"}
 NAME = r"-{1,2}[A-Za-z][\w-]*"
 # what starts one of our scripts, and the arguments behind it up to where the shell's command ends
-COMMAND = re.compile(r"(?:(?:python3?|uv run python)\s+(?P<file>(?:scripts|nanochat|dev)/[\w/]+\.py|\w+\.py)|(?:-m|\$\{?LAUNCH\}?)\s+(?P<module>(?:scripts|nanochat|dev)(?:\.\w+)+))"
+COMMAND = re.compile(r"(?:(?:python3?|uv run python)\s+(?P<file>(?:scripts|nanochat|dev|hf_jobs)/[\w/]+\.py|\w+\.py)|(?:-m|\$\{?LAUNCH\}?)\s+(?P<module>(?:scripts|nanochat|dev|hf_jobs)(?:\.\w+)+))"
                      r"(?P<arguments>[^|;&`#\n]*)")
 
 

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from tests.fakes.hub_upload import UploadHandler, UploadHub
 
+ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "ERROR", "CANCELED")
 
 
@@ -211,7 +212,7 @@ class JobsHub(UploadHub):
     def __init__(self, root, image_env=None):
         super().__init__(root)
         self.jobs, self.buckets, self.refusal, self.cut_logs = {}, set(), None, 0
-        self.image_env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "USE_ACTIVE_ENV": "1", "OMP_NUM_THREADS": "1", **(image_env or {})}
+        self.image_env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "USE_ACTIVE_ENV": "1", "PRESET": "cpu", "OMP_NUM_THREADS": "1", **(image_env or {})}
 
     def __enter__(self):
         hub = super().__enter__()
@@ -227,3 +228,45 @@ class JobsHub(UploadHub):
     @property
     def newest(self):
         return list(self.jobs.values())[-1]
+
+
+# Importing torch takes longer than a command, and the client reads HF_ENDPOINT on import: one process runs them all.
+DRIVER = """
+import contextlib, importlib, io, json, os, sys
+from pathlib import Path
+from nanochat.cloud import shipping
+from nanochat.configurator import parse
+for line in sys.stdin:
+    variables, root, name, argv = json.loads(line)
+    os.environ.update({key: value for key, value in variables.items() if value is not None})
+    for key in [key for key, value in variables.items() if value is None]:
+        os.environ.pop(key, None)
+    shipping.ROOT = Path(root)
+    module, status, error, output = importlib.import_module(name), None, None, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = module.main(parse(module.Config, argv))
+    except (ValueError, SystemExit) as problem:
+        error = str(problem)
+    print(json.dumps([status, error, output.getvalue()]), flush=True)
+"""
+
+
+class Driver:
+    """`with Driver(hub, home) as run:` and then run("hf_jobs.launch", "--flag=1", VARIABLE="value") -> (status, message of its ValueError or None, output)."""
+
+    def __init__(self, hub, home):
+        self.environment = {name: value for name, value in {**os.environ, **hub.env(home)}.items() if name not in ("WANDB_API_KEY", "JOB_ID")}
+
+    def __enter__(self):
+        self.process = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait(timeout=600)
+
+    def __call__(self, module, *argv, root=None, **variables):
+        self.process.stdin.write(json.dumps([{"HF_TOKEN": "hf_fake", **variables}, str(root or ROOT), module, list(argv)]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
