@@ -200,8 +200,11 @@ def start_or_resume(stage, model_tag, config, compute, model, optimizer):
         return LoopState()
     mine = newest_whole(folder, compute)
     steps = compute.gather_objects(mine["step"] if mine else -1)
-    if min(steps) < 0:
+    if max(steps) < 0:
         return LoopState()
+    if min(steps) < 0:
+        raise ValueError(f"rank 0 finds {stage} checkpoint {steps[0]} in {folder}, rank {steps.index(min(steps))} {min(steps)} (-1 = none whole): all nodes must "
+                         "share one NANOCHAT_BASE_DIR; where they do, the checkpoint is damaged and --overwrite begins anew")
     meta = read_meta(folder, min(steps), compute)
     check_same_run(meta["config"], config_dict(config), folder)
     load_tensors(model, read_tensors(folder / f"model_{meta['step']:06d}.pt"))

@@ -2,6 +2,7 @@
 
 The only file that reads `os.environ` and the only one besides `optim.py` that calls collectives. It knows no model.
 """
+import itertools
 import os
 import platform
 import sys
@@ -160,26 +161,29 @@ def collective_timeout():
     return int(given)
 
 
+meetings = itertools.count()  # of this process: a program may run several stages, each with a process group of its own
+
+
 def meet(store, rank, world_size, restarts):
     """The ranks of one start of a job find each other -> (a name for this start, how often the job was started before).
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone: a rank that is started again and reads them
     waits for the dead. And each node counts only its own failures. So rank 0 announces the start under a new name, the others greet with a
     new word each, and what counts is rank 0's answer to that word."""
-    word = uuid.uuid4().hex
+    word, number = uuid.uuid4().hex, next(meetings)
     if rank == 0:
-        restarts = max(restarts, store.add("starts", 1) - 1)
+        restarts = max(restarts, store.add(f"starts-{number}", 1) - 1)
         start = f"start-{word}"
-        store.set("start", start)
+        store.set(f"start-{number}", start)
         greetings = [store.get(f"{start}/{other}").decode().split() for other in range(1, world_size)]
         restarts = max([restarts, *(int(count) for _, count in greetings)])
         for greeting, _ in greetings:
             store.set(f"{start}/{greeting}", str(restarts))
         return start, restarts
     while True:
-        start = store.get("start").decode()
+        start = store.get(f"start-{number}").decode()
         store.set(f"{start}/{rank}", f"{word} {restarts}")
-        while store.get("start").decode() == start:
+        while store.get(f"start-{number}").decode() == start:
             if store.check([f"{start}/{word}"]):
                 return start, int(store.get(f"{start}/{word}"))
             time.sleep(0.02)

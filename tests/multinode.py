@@ -1,6 +1,6 @@
-"""Two machines on one: network namespaces joined by a virtual cable, and torchrun in each of them, for the tests of several nodes."""
-import ast
+"""Two machines on one: network namespaces joined by a virtual cable, and torchrun in each of them, for the tests of several ranks and nodes."""
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -48,26 +48,31 @@ def two_nodes():
 
 
 class Job:
-    """torchrun on each node, all of one job; `wait()` -> the return codes, output in `logs`."""
+    """torchrun on each node, all of one job, or, with nodes None, on this machine alone; `wait()` -> the return codes, output in `logs`."""
     runs = itertools.count()
 
-    def __init__(self, nodes, folders, log_dir, program, *torchrun_flags, environment=None, per_node=1):
-        """`folders`: NANOCHAT_BASE_DIR on each node. `program`: module and its arguments."""
+    def __init__(self, nodes, log_dir, program, *torchrun_flags, environment=None, per_node=1):
+        """`program`: module and its arguments."""
+        nodes = nodes or [None]
         number = next(self.runs)
         self.processes, self.logs = [], [Path(log_dir) / f"job{number}_node{i}.log" for i in range(len(nodes))]
-        for i, (namespace, interface, address) in enumerate(nodes):
-            variables = {**os.environ, "NANOCHAT_BASE_DIR": str(folders[i]), "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                         **(environment or {})}
-            command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--nproc-per-node={per_node}",
-                       "--rdzv-id=job", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0][2]}:{PORT}", f"--rdzv-conf=is_host={int(i == 0)}",
-                       f"--local-addr={address}", "--monitor-interval=0.2", *torchrun_flags, "-m", *program]
+        for i, node in enumerate(nodes):
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
+            prefix, where = [], ["--standalone"]
+            if node:
+                namespace, variables["GLOO_SOCKET_IFNAME"], address = node
+                prefix = ["ip", "netns", "exec", namespace]
+                where = [f"--nnodes={len(nodes)}", "--rdzv-id=job", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0][2]}:{PORT}",
+                         f"--rdzv-conf=is_host={int(i == 0)}", f"--local-addr={address}"]
+            command = [*prefix, sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={per_node}", "--monitor-interval=0.2",
+                       *torchrun_flags, "-m", *program]
             with open(self.logs[i], "w") as log:
                 self.processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
 
     def output(self):
         return "\n".join(f"--- node {i}\n{log.read_text(errors='replace')}" for i, log in enumerate(self.logs))
 
-    def wait(self, timeout=600):
+    def wait(self, timeout=900):
         try:
             return [process.wait(timeout) for process in self.processes]
         finally:
@@ -85,7 +90,8 @@ class Job:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One stage in which a rank dies, once: python -m tests.multinode STAGE HOW RANK STEP MARKER [NAME=VALUE ...]
+# Stages one after another in one process, in one of which a rank may die, once:
+#     python -m tests.multinode '{"runs": [[FOLDER, STAGE, {"resume": true}], ...], "die": {"how": "kill", "rank": 1, "step": 3, "marker": FILE}}'
 
 def die(how, marker):
     """Once per marker file, which then tells when."""
@@ -97,24 +103,31 @@ def die(how, marker):
     if how == "exit":
         os._exit(3)
     if how == "error":
-        raise MemoryError("out of memory, says the test")
+        raise MemoryError("no memory left, says the test")
     while how == "hang":
         time.sleep(1)
 
 
-def main(stage, how, rank, step, marker, *changes):
+def program(runs, die=None):
+    """-> the module and its argument, for torchrun."""
+    return ["tests.multinode", json.dumps({"runs": [[str(folder), stage, changes] for folder, stage, changes in runs], "die": die})]
+
+
+def main(order):
     from nanochat.run_logger import RunLogger
     from tests import pipeline
-    log = RunLogger.log
+    death, log = order["die"], RunLogger.log
 
-    def log_or_die(self, at, metrics):
-        if at == int(step) and "train/loss" in metrics and os.environ["RANK"] == rank:
-            die(how, marker)
-        log(self, at, metrics)
+    def log_or_die(self, step, metrics):
+        if death and (step, os.environ["RANK"]) == (death["step"], str(death["rank"])) and "train/loss" in metrics:
+            die(death["how"], death["marker"])
+        log(self, step, metrics)
 
     RunLogger.log = log_or_die
-    pipeline.run_stage(stage, **{name: ast.literal_eval(value) for name, value in (change.split("=") for change in changes)})
+    for folder, stage, changes in order["runs"]:
+        os.environ["NANOCHAT_BASE_DIR"] = folder
+        pipeline.run_stage(stage, **changes)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(json.loads(sys.argv[1]))
