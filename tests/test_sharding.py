@@ -1,0 +1,69 @@
+"""A model divided over two ranks learns what a whole one does, bit by bit, writes the same files, and takes half the memory on each."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from nanochat.common import Compute
+from nanochat.gpt import GPT, config_from_depth
+from nanochat.sharding import place
+from tests import pipeline
+from tests.multinode import Job
+from tests.test_multinode import same_run
+from tests.test_stages import checkpoint, equal, logged
+
+
+@pytest.fixture(scope="module")
+def ran(prepared, tmp_path_factory):
+    """(what tests/sharded.py found, its base directory, its output): one process ran base, mid and SFT under the tag d2, two ranks the rest."""
+    place = tmp_path_factory.mktemp("sharded")
+    folder = shutil.copytree(prepared, place / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        for stage in ("base", "mid", "sft"):
+            pipeline.run_stage(stage)
+    job = Job(None, place, ["tests.sharded", str(folder), str(place / "result.json")], per_node=2)
+    assert job.wait() == [0], job.output()
+    return json.loads((place / "result.json").read_text()), folder, job.output()
+
+
+def test_a_divided_model_takes_the_same_steps_bit_by_bit(ran):
+    """Loss, gradient norm, weights and optimizer state; where gradients of several micro-batches add up, in another order of the sums."""
+    assert ran[0]["exact"] == {"curve": 0, "weights": 0, "state": 0}
+    for run in ("accumulated", "bfloat16"):
+        assert ran[0][run]["curve"] < 1e-5 and ran[0][run]["weights"] < 1e-4 and ran[0][run]["state"] < 1e-6, ran[0][run]
+
+
+def test_weights_gradients_and_optimizer_state_of_a_divided_model_are_half_on_each_of_two_ranks(ran):
+    parameters, none, full = (ran[0]["bytes"][name] for name in ("parameters", "none", "full"))
+    one_process = 2 * parameters + 2 * (none - 2 * parameters)  # of whole models too, two ranks halve the optimizer state
+    print(f"bytes of weights, gradients and optimizer state: one process {one_process:,}, rank 0 of 2 {none:,}, divided {full:,}")
+    assert 3 * parameters < one_process and full < 0.51 * one_process and full < 0.63 * none
+
+
+def test_whole_weights_go_into_a_divided_model_and_come_out_of_it(ran):
+    assert ran[0]["copy"] == 0 and ran[0]["loaded"] == 0 and ran[0]["kept"] == [True, True, True]
+
+
+@pytest.mark.parametrize("stage", ["base", "mid", "sft"])
+def test_a_stage_divided_over_two_ranks_is_that_stage_in_one_process(ran, stage):
+    same_run(ran[1], stage, "full", ran[1])
+
+
+def test_a_run_may_go_from_divided_to_whole_and_back_and_ends_at_the_same_bits(ran):
+    _, folder, output = ran
+    ends = [checkpoint(folder, "base", tag="full")]
+    for tag in ("full-none", "none-full", "full-full"):
+        assert f"resuming base {tag} at step 4" in output
+        ends += [torch.load(folder / "base_checkpoints" / tag / "kept.pt", weights_only=True), checkpoint(folder, "base", tag=tag)]
+        assert logged(folder, "base", "train/loss", tag) == logged(folder, "base", "train/loss", "full")
+    assert all(equal(ends[0], end) for end in ends[1:])
+
+
+def test_one_process_has_nobody_to_share_with_and_an_unknown_way_is_refused(capsys):
+    model, compute = GPT(config_from_depth(1, 64, 16, head_dim=32)), Compute(torch.device("cpu"), torch.float32)
+    assert place(model, compute, "full") is model and not model.is_divided
+    assert "nobody to share with" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="shard='zero3' is not one of none, full"):
+        place(model, compute, "zero3")
