@@ -28,7 +28,7 @@ choose_hardware() {
     if [ "$PRESET" = gpu ]; then
         NPROC="${NPROC_PER_NODE:-$gpus}"
         [ "$NPROC" -ge 1 ] || die "PRESET=gpu, but nvidia-smi lists 0 GPUs: use PRESET=cpu"
-        LAUNCH="torchrun --standalone --nproc_per_node=$NPROC -m"
+        LAUNCH="torchrun --standalone --nproc_per_node=$NPROC -m --"  # torchrun would take --run for one of its own
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     else
         NPROC=1

@@ -95,13 +95,13 @@ find_parent() {
 # ---------------------------------------------------------------------------------------------------------------------
 # Running, stopping, going on
 
-# on_node ARGUMENTS: what srun starts once per node. torchrun ignores the signal that its workers save at; so do they until they listen.
+# on_node -m MODULE FLAGS...: what srun starts once per node. torchrun ignores the signal that its workers save at; so do they until they listen.
 on_node() {
     trap '' USR1
     if [ "$NPROC" = 1 ]; then exec python "$@"; fi
-    # the first node is the host of the rendezvous, whatever its name resolves to
+    # the first node is the host of the rendezvous, whatever its name resolves to; behind -- because torchrun would take --run for a flag of its own
     exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$NPROC_PER_NODE" --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" \
-        --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv_conf="is_host=$(( SLURM_NODEID == 0 ))" ${TORCHRUN_ARGS:-} "$@"
+        --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv_conf="is_host=$(( SLURM_NODEID == 0 ))" ${TORCHRUN_ARGS:-} -m -- "${@:2}"
 }
 
 # launch_training STAGE TAG -m MODULE FLAGS...: a stage that saves at USR1 and goes on with --resume, and then its pointer
@@ -117,14 +117,19 @@ launch() {
     run_step "${@:2}"
 }
 
-# the ranks are told again and again: one that has not begun to listen does not hear it
 asked_to_stop() {
     say "asked to stop: the time limit is near, or somebody has sent USR1"
     ASKED=1
-    if [ -n "$SRUN" ]; then (while kill -0 "$SRUN" 2>/dev/null; do scancel --signal="$STOP_WITH" "$SLURM_JOB_ID" || true; sleep 3; done) & fi
+    tell_ranks
 }
 
-# run_step ARGUMENTS: one srun over all nodes. A job that is asked to stop meanwhile goes back to the queue.
+# again and again: a rank that has not begun to listen does not hear it
+tell_ranks() {
+    if [ -z "$ASKED" ] || [ -z "$SRUN" ]; then return; fi
+    (while kill -0 "$SRUN" 2>/dev/null; do scancel --signal="$STOP_WITH" "$SLURM_JOB_ID" || true; sleep 3; done) &
+}
+
+# run_step -m MODULE FLAGS...: one srun over all nodes. A job that is asked to stop meanwhile goes back to the queue.
 run_step() {
     local status=0 before; before=$(results)
     say "$*"
@@ -133,6 +138,7 @@ run_step() {
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
             bash -c "$(declare -f on_node); on_node \"\$@\"" on_node "$@" &
         SRUN=$!
+        tell_ranks  # if the signal came just now
         wait "$SRUN" || status=$?
         while kill -0 "$SRUN" 2>/dev/null; do status=0; wait "$SRUN" || status=$?; done  # a signal ends the wait, not the step
         SRUN=

@@ -1,7 +1,6 @@
 """A cluster of two nodes on this machine: the real slurmctld, slurmd and munged, bound to loopback, with their files in one folder. Nothing is faked but the GPUs."""
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -112,12 +111,9 @@ class Slurm:
 
     def crash_node(self, node):
         """The power goes: slurmd, the steps on it and all they have started are gone at once."""
-        steps = [process for process in self.processes() if process.name() == "slurmstepd" and process.environ().get("SLURMD_NODENAME", node) == node]
-        for process in [child for step in steps for child in step.children(recursive=True)] + steps + [psutil.Process(self.daemons[node].pid)]:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
+        gone = [process for process in self.processes() if process.environ().get("SLURMD_NODENAME") == node]
+        assert gone, f"nothing runs on {node}"
+        kill([psutil.Process(self.daemons[node].pid), *steps_of(gone), *gone])
         self.daemons[node].wait()
 
     def ask(self, *command, **environment):
@@ -164,10 +160,21 @@ class Slurm:
         return found
 
     def __exit__(self, *exception):
-        for process in self.processes():
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                pass
+        mine = self.processes()
+        kill([*mine, *steps_of(mine)])
         for daemon in self.daemons.values():
             daemon.wait()
+
+
+def steps_of(processes):
+    """The slurmstepds that started these processes: they write their titles over their environments."""
+    parents = {parent.pid: parent for process in processes if process.is_running() for parent in process.parents()}
+    return [parent for parent in parents.values() if parent.name() == "slurmstepd"]
+
+
+def kill(processes):
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
