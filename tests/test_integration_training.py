@@ -361,18 +361,40 @@ def test_packing_loses_and_invents_nothing(lengths, batch_size):
     assert sorted(found) == sorted(wanted)
 
 
-def test_a_hugging_face_chat_template_gives_the_ids_and_mask_of_our_tokenizer(qwen, tmp_path):
-    make_tiny("tiny-gpt", TEXTS, 64, 1, tmp_path)
-    ours = open_policy(str(tmp_path), torch.float32, COMPUTE, 64).tokenizer
-    two_turns = {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sort 2 1"}, {"role": "assistant", "content": "1 2"},
-                              {"role": "user", "content": "Sort 3 <|bos|> 1"}, {"role": "assistant", "content": "1 3"}]}
-    for conversation in [*conversations(3), two_turns]:
-        assert qwen.tokenizer.render_conversation(conversation, 64) == ours.render_conversation(conversation, 64)
-        assert qwen.tokenizer.render_for_completion(conversation) == ours.render_for_completion(conversation)
+TWO_TURNS = {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sort 2 1"}, {"role": "assistant", "content": "1 2"},
+                          {"role": "user", "content": "Sort 3 1"}, {"role": "assistant", "content": [{"type": "text", "text": "1 "}, {"type": "python", "text": "1+2"},
+                                                                                                     {"type": "python_output", "text": "3"}, {"type": "text", "text": "3"}]}]}
+
+
+def test_a_chat_templates_answers_are_trained_and_nothing_else(qwen):
+    for conversation, answers in [(conversation, [message_text(conversation["messages"][-1])]) for conversation in conversations(3)] + [(TWO_TURNS, ["1 2", "1 3"])]:
+        ids, mask = qwen.tokenizer.render_conversation(conversation, 200)
+        whole = qwen.hf_tokenizer.apply_chat_template([{**message, "content": text} for message, text in zip(conversation["messages"], plain_texts(conversation))], tokenize=False)
+        assert ids == qwen.tokenizer.encode(whole)       # piece by piece or at once, it is the same
+        trained = [token for token, is_trained in zip(ids, mask) if is_trained]
+        assert qwen.hf_tokenizer.decode(trained) == "".join(f"{answer}<|im_end|>" for answer in answers)
+        prompt = qwen.tokenizer.render_for_completion(conversation)
+        assert ids[:len(prompt)] == prompt and qwen.hf_tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     assert qwen.tokenizer.truncated == 0
-    ids, mask = qwen.tokenizer.render_conversation(two_turns, 8)
-    assert len(ids) == len(mask) == 8 and qwen.tokenizer.truncated == 1
+    ids, mask = qwen.tokenizer.render_conversation(TWO_TURNS, 8)
+    assert len(ids) == len(mask) == 8 and qwen.tokenizer.truncated == 1 == qwen.tokenizer.untrained
     qwen.tokenizer.truncated = qwen.tokenizer.untrained = 0
+
+
+def plain_texts(conversation):
+    return [content if isinstance(content := message["content"], str) else "".join(part["text"] for part in content if part["type"] == "text")
+            for message in conversation["messages"]]
+
+
+def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer_alone(qwen):
+    template = qwen.hf_tokenizer.chat_template
+    try:                                                 # as templates that drop earlier reasoning do
+        qwen.hf_tokenizer.chat_template = template.replace("message.content", "(message.content if loop.last or message.role == 'user' else 'dropped')")
+        ids, mask = qwen.tokenizer.render_conversation(TWO_TURNS, 200)
+        assert qwen.hf_tokenizer.decode([token for token, is_trained in zip(ids, mask) if is_trained]) == "1 3<|im_end|>"
+        assert "dropped" in qwen.hf_tokenizer.decode(ids)
+    finally:
+        qwen.hf_tokenizer.chat_template = template
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,7 +438,7 @@ def test_a_rollout_is_compared_with_its_own_group_and_a_group_of_equals_teaches_
     for reward in (0.0, 1.0):
         for rollout in sum(groups, []):
             rollout.rewards = {"correct": reward}
-        assert set_advantages(groups, objective) == [] and policy_gradient(backend, [], objective, config, COMPUTE) == (0.0, 0)
+        assert set_advantages(groups, objective) == [] and policy_gradient(backend, [], objective, config, COMPUTE) == (0.0, 0, 0.0)
     groups[1][2].rewards, groups[0][0].rewards = {"correct": 0.0}, {"correct": 0.0}
     assert [round(rollout.advantage, 6) for rollout in set_advantages(groups, objective)] == [-0.75, 0.25, 0.25, 0.25, 0.25, 0.25, -0.75, 0.25]
 

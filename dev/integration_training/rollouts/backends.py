@@ -7,6 +7,7 @@
 """
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -32,24 +33,25 @@ def make_backend(policy, compute, training, compiled):
 
 
 class LocalBackend:
-    """One process: the weights that are trained are those that sample."""
+    """One process. The weights that are trained are those that sample, unless their blocks are compiled: sampling changes shape at every token."""
 
     def __init__(self, policy, compute, training, compiled):
-        self.compute = compute
-        self.sampling = self.make_sampling(policy)
+        is_shared = compute.world_size == 1 and not compiled
+        self.sampling = policy if is_shared else frozen_copy(policy, compute.dtype)
         self.engine = self.sampling.engine(ROWS_IN_FLIGHT)
         if compiled:
             policy.compile_blocks()
-        self.policy = self.placed(policy)
+        self.policy = self.placed(policy, compute)
         self.optimizer = Optimizers(self.policy.tensors(), training)
 
-    def make_sampling(self, policy):
+    def placed(self, policy, compute):
         return policy
 
-    def placed(self, policy):
-        return policy
-
+    @torch.no_grad()
     def sync(self):
+        if self.sampling is not self.policy:
+            for mine, theirs in zip(self.sampling.parameters(), self.policy.parameters(), strict=True):
+                mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
         self.engine.refresh()
 
     def get_weights(self):
@@ -68,19 +70,11 @@ class ShardedBackend(LocalBackend):
     Sampling asks one token at a time; collecting all weights for each would be most of the work, and ranks whose rows end at different times
     would wait for each other forever. So every rank samples from a whole copy in the activations' dtype, which `sync` renews."""
 
-    def make_sampling(self, policy):
-        return frozen_copy(policy).to(self.compute.device)
-
-    def placed(self, policy):
+    def placed(self, policy, compute):
+        mesh = init_device_mesh(compute.device.type, (compute.world_size,))
         for block in policy.blocks():
-            fully_shard(block)
-        return fully_shard(policy)
-
-    @torch.no_grad()
-    def sync(self):
-        for mine, (_, theirs) in zip(self.sampling.parameters(), self.policy.named_parameters(), strict=True):
-            mine.copy_(theirs.full_tensor())
-        super().sync()
+            fully_shard(block, mesh=mesh)
+        return fully_shard(policy, mesh=mesh)
 
 
 def named_tensors(policy):

@@ -201,12 +201,17 @@ def reversing(r):
     return f"Reverse {' '.join(map(str, digits))}", " ".join(map(str, reversed(digits)))
 
 
+def largest(r):
+    numbers = r.sample(range(100), 4)
+    return f"Largest of {' '.join(map(str, numbers))}", str(max(numbers))
+
+
 def addition(r):
     one, other = r.randrange(10, 100), r.randrange(10, 100)
     return f"{one} + {other} = ?", f"#### {one + other}"
 
 
-KINDS = {"sorting": sorting, "reversing": reversing, "addition": addition}
+KINDS = {"largest": largest, "sorting": sorting, "reversing": reversing, "addition": addition}
 
 
 class Synthetic(Rows):

@@ -21,7 +21,7 @@ class HFEngine:
     def __init__(self, model, tokenizer, context, dtype, max_rows):
         self.trained, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         is_same = all(weight.dtype == dtype for weight in model.parameters())
-        self.network = model if is_same else copy.deepcopy(model).to(dtype).requires_grad_(False)
+        self.network = model if is_same else cast_weights(copy.deepcopy(model), dtype)
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=context))  # what evaluation and rollouts ask an engine's model
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -108,3 +108,10 @@ class Row:
     def completion(self, tokenizer):
         words = self.tokens[:-1] if self.reason == "stop" else self.tokens
         return Completion(self.tokens, [1] * len(self.tokens), self.logprobs, self.reason, tokenizer.decode(words))
+
+
+def cast_weights(module, dtype):
+    """The module with frozen weights of a dtype. Its buffers stay: rotary frequencies do not survive bfloat16."""
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)
+    return module.requires_grad_(False)

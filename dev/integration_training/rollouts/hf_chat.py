@@ -19,7 +19,7 @@ class ChatTokenizer:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def encode(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)

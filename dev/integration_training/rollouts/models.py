@@ -21,15 +21,17 @@ from nanochat.common import write_atomic
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_model import context_length, load_hf
-from nanochat.huggingface.tokenizer import tokenizer_config, tokenizer_json
+from nanochat.huggingface.tokenizer import tokenizer_json
 from nanochat.rl.update import target_logprobs
-from nanochat.tokenizer import Tokenizer
-from dev.integration_training.rollouts.generate import HFEngine
+from nanochat.tokenizer import Tokenizer, split_pattern
+from dev.integration_training.rollouts.generate import HFEngine, cast_weights
 from dev.integration_training.rollouts.hf_chat import ChatTokenizer
 
 TINY = ("tiny-gpt", "tiny-qwen2")
 TINY_WIDTH, TINY_LAYERS, TINY_VOCAB = 64, 2, 384
 OWN_FILE = "model.json"
+CHATML = ("{%- for message in messages -%}{{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' -}}{%- endfor -%}"
+          "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}")
 
 
 class Policy(nn.Module):
@@ -164,25 +166,27 @@ def own_policy(config, weights, tokenizer, dtype):
 
 def make_tiny(name, texts, max_length, seed, folder):
     """A fresh tiny-gpt or tiny-qwen2 and its tokenizer, trained on the texts -> `folder`, from where `open_policy` takes it."""
-    tokenizer = Tokenizer.train(iter(texts), TINY_VOCAB, num_threads=1)
+    # Qwen2's tokenizer class splits numbers into digits, whatever a file says; the tiny GPT has numbers below 100 whole
+    tokenizer = Tokenizer.train(iter(texts), TINY_VOCAB, split_pattern(1 if name == "tiny-qwen2" else 2), num_threads=1)
     folder.mkdir(parents=True, exist_ok=True)
     if name == "tiny-gpt":
         model = GPT(GPTConfig(max_length, tokenizer.vocab_size, TINY_LAYERS, 2, 2, TINY_WIDTH))
         model.init_weights(seed)
         OwnPolicy(model, tokenizer).save(folder, OwnPolicy(model, tokenizer).state_dict())
         return
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.encode_special("<|assistant_end|>"), "pad_token_id": tokenizer.bos_id}
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    bpe = tokenizer_json(tokenizer)["model"]
+    theirs = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]], unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                            additional_special_tokens=["<|im_start|>"], model_max_length=max_length)
+    theirs.chat_template = CHATML
+    theirs.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        Qwen2ForCausalLM(Qwen2Config(vocab_size=tokenizer.vocab_size, hidden_size=TINY_WIDTH, intermediate_size=4 * TINY_WIDTH, num_hidden_layers=TINY_LAYERS,
-                                     num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=max_length, initializer_range=0.1, **ends)).save_pretrained(folder)
-    from nanochat.huggingface.tokenizer import CHAT_TEMPLATE
-    write_atomic(folder / "tokenizer.json", json.dumps(tokenizer_json(tokenizer)))
-    write_atomic(folder / "tokenizer_config.json", json.dumps(tokenizer_config(tokenizer, max_length)))
-    write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE)
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=len(theirs), hidden_size=TINY_WIDTH, intermediate_size=4 * TINY_WIDTH, num_hidden_layers=TINY_LAYERS, num_attention_heads=2,
+                                     num_key_value_heads=1, max_position_embeddings=max_length, initializer_range=0.1, bos_token_id=None,
+                                     eos_token_id=theirs.eos_token_id, pad_token_id=theirs.pad_token_id)).save_pretrained(folder)
 
 
-def frozen_copy(policy):
-    """The same policy with weights of its own, for sampling while the original is cut into shards."""
-    return copy.deepcopy(policy).requires_grad_(False)
+def frozen_copy(policy, dtype):
+    """The same policy with weights of its own in the activations' dtype, for sampling while the original is sharded or compiled."""
+    return cast_weights(copy.deepcopy(policy), dtype)

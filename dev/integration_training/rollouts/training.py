@@ -96,9 +96,9 @@ def run_rl_training(config, policy, compute):
         taught = set_advantages(groups, objective)
         batches = make_batches(taught, rl.batch_size, policy.tokenizer.bos_id, compute.device, pad_multiple(config), data.max_length)
         lr_mult = schedule(rl, step, num_steps)
-        loss, tokens = policy_gradient(backend, batches, objective, config, compute)
+        loss, tokens, difference = policy_gradient(backend, batches, objective, config, compute)
         if tokens:
-            metrics |= {"train/loss": loss, "train/grad_norm": optimizer_step(backend.optimizer, loss, step, lr_mult, rl.clip_grad), "train/lr_mult": lr_mult}
+            metrics |= {"sampling/logp_difference/mean": difference, "train/loss": loss, "train/grad_norm": optimizer_step(backend.optimizer, loss, step, lr_mult, rl.clip_grad), "train/lr_mult": lr_mult}
             backend.sync()
         metrics |= {"train/tokens": tokens, "time/train_s": clock.lap()}
         state.tokens, state.seconds, state.loader = state.tokens + tokens, state.seconds + metrics["time/generate_s"] + metrics["time/train_s"], buffer.save_state()
@@ -132,21 +132,23 @@ def pad_multiple(config):
 
 
 def policy_gradient(backend, batches, objective, config, compute):
-    """Adds the gradient of the step's loss over all ranks -> (loss, tokens it is of). On policy: the ratio is 1, its gradient is REINFORCE's."""
+    """Adds the gradient of the step's loss over all ranks -> (loss, tokens it is of, how far the trainer's log-probabilities are from the sampler's). On
+    policy: the ratio is 1, its gradient is REINFORCE's."""
     mine = torch.tensor([sum(int(batch.mask.sum()) for batch in batches), sum(len(batch.rollouts) for batch in batches)], device=compute.device)
     tokens, rollouts = compute.sum(mine).tolist()
     if not tokens:
-        return 0.0, 0
-    divisor, total = denominator(objective.algorithm, tokens, rollouts, objective.max_new_tokens), 0.0
+        return 0.0, 0, 0.0
+    divisor, total, difference = denominator(objective.algorithm, tokens, rollouts, objective.max_new_tokens), 0.0, 0.0
     for batch in batches:
         logprobs = backend.policy(batch.inputs, batch.targets, None, None, objective.temperature, objective.top_k)
         loss = policy_loss(objective.algorithm, logprobs, logprobs.detach(), batch.advantages, batch.mask) / divisor
         (loss * compute.world_size).backward()          # FSDP averages over ranks
         total += loss.item()
+        difference += float((logprobs.detach() - batch.sampler_logprobs).abs().sum())
     for _ in range(max(compute.gather_objects(len(batches))) - len(batches)):
         filler = empty_batch(config.data.max_length, backend.sampling.tokenizer.bos_id, compute.device)
         logprobs_of(backend, filler).sum().backward()
-    return float(compute.sum(total)), tokens
+    return float(compute.sum(total)), tokens, float(compute.sum(difference)) / tokens
 
 
 def steps_of(training, num_items, per_step):
