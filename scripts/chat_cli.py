@@ -34,7 +34,7 @@ class Config:
     top_k: int | None = 50        # [-k] most likely tokens to draw from (None = all)
     max_new_tokens: int = 256     # [-m] longest answer
     device_type: str = ""         # cuda, mps or cpu ("" = the best there is)
-    dtype: str = ""               # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
+    dtype: str = ""               # [-d] float32 or bfloat16 ("" = bfloat16 where the hardware has it)
     seed: int = 0                 # of the first answer; each answer after it takes the next number
 
 

@@ -219,6 +219,8 @@ def details(summary):
     for name, words in (("generative", "written answers score"), ("categorical", 'the likeliest letter after "Answer:", without reasoning, scores')):
         if name in metrics:
             lines.append(f"{words} {said(metrics[name])}")
+    if "tool_use" in metrics:
+        lines.append(f"the calculator answered in {percent(metrics['tool_use'])} of the completions")
     if "after_reasoning" in metrics:
         lines.append(f"letter read after its own reasoning {percent(metrics['after_reasoning'])}, before it {percent(metrics['no_reasoning'])}")
     if "question_blind" in metrics:

@@ -141,7 +141,8 @@ def judge(task, conversation, completion):
     answer, correct = find_answer(task, conversation, completion.text), bool(task.is_correct(conversation, completion.text))
     if correct and answer is not None:                  # x+1 and 1+x are one answer, and vote as one
         answer = conversation.get("answer_letter") or find_answer(task, conversation, message_text(conversation["messages"][-1]))
-    return {"text": completion.text, "answer": answer, "correct": correct, "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
+    used = {"tool": True} if 0 in completion.mask else {}  # the calculator has answered in it
+    return {"text": completion.text, "answer": answer, "correct": correct, "finish_reason": completion.finish_reason, "tokens": len(completion.tokens), **used}
 
 
 def variants(conversation, controls):

@@ -1,7 +1,7 @@
 """Records of an evaluation become metrics. A record is a dict of what a model said about one problem:
 
     {"index": 0, "prompt": ..., "gold": "B", "letters": ["A", ...],
-     "completions": [{"text", "answer": "B" or None, "correct", "finish_reason", "tokens"}, ...],      one per sample
+     "completions": [{"text", "answer": "B" or None, "correct", "finish_reason", "tokens"}, ...],      one per sample; with "tool" if one was used
      "no_reasoning": {"answer": "A", "logprobs": {"A": -0.9, ...}}, "after_reasoning": ...,            letters read, not written
      "controls": {"blind": {"answer", "correct", "choice"}, "shift 1": ..., ...}}
 
@@ -109,6 +109,8 @@ def completion_metrics(records, readable):
     metrics = {"parse_failures": float(np.mean([completion["answer"] is None for completion in completions])) if readable else None,
                "truncated": float(np.mean([completion["finish_reason"] != "stop" for completion in completions])),
                "mean_tokens": float(np.mean([completion["tokens"] for completion in completions]))}
+    if any("tool" in completion for completion in completions):
+        metrics["tool_use"] = float(np.mean(["tool" in completion for completion in completions]))
     if samples > 1:
         metrics["standard_error"] = clustered_error([written_score(record) for record in records])
         right = [sum(completion["correct"] for completion in record["completions"]) for record in records]

@@ -136,6 +136,8 @@ def of_completions(records, readable):
         return {}
     samples = len(records[0]["completions"])
     metrics = {"truncated": mean(completion["finish_reason"] != "stop" for completion in completions), "mean_tokens": mean(completion["tokens"] for completion in completions)}
+    if any("tool" in completion for completion in completions):
+        metrics["tool_use"] = mean("tool" in completion for completion in completions)
     if readable:
         metrics["parse_failures"] = mean(completion["answer"] is None for completion in completions)
     if samples > 1:

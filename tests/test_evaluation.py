@@ -185,7 +185,7 @@ class ScriptedEngine:
             self.asked.append(prompt)
             for sample in range(request.num_samples):
                 text = self.answer(prompt, sample)
-                on_finish(place, sample, Completion(self.tokenizer.encode(text), [], [], "stop", text))
+                on_finish(place, sample, Completion(self.tokenizer.encode(text), [0] * text.count("<|output_end|>"), [], "stop", text))
 
 
 def always(letter):
@@ -263,6 +263,14 @@ def test_samples_give_pass_and_majority(model, tokenizer):
     assert metrics["accuracy"] == pytest.approx(0.15) and metrics["parse_failures"] == 0.25
     assert metrics["pass@k"] == {"1": pytest.approx(0.15), "2": pytest.approx(0.2), "4": pytest.approx(0.2)}
     assert metrics["maj@k"]["4"] == pytest.approx(0.2) and metrics["standard_error"] == pytest.approx(0.3 / math.sqrt(29))
+
+
+def test_answers_in_which_the_calculator_spoke_are_counted(model, tokenizer):
+    engine = ScriptedEngine(model, tokenizer, lambda prompt, sample: "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>\nAnswer: A" if sample == 0 else "Answer: A")
+    records = run(algebra(), engine, tokenizer, num_samples=4, temperature=1.0)
+    metrics = summarize(records)
+    assert metrics["tool_use"] == 0.25 and "the calculator answered in 25.00 % of the completions" in chat_eval.details({"metrics": metrics, "n": len(records)})
+    assert "tool_use" not in summarize(run(algebra(), ScriptedEngine(model, tokenizer, always("A")), tokenizer))
 
 
 def test_settings_that_make_no_sense_say_so():
