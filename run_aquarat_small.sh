@@ -50,6 +50,7 @@ else
     stage train-base $LAUNCH scripts.base_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --depth="${DEPTH:-8}" --device-batch-size=32 \
                      --total-batch-size=$(( 32 * 2048 * $(times_ranks 8) )) --save-every=1000 ${BASE_ARGS:-}
     stage base-loss  $LAUNCH scripts.base_loss --model-tag="$TAG"
+    stage base-eval  $LAUNCH scripts.base_eval --model-tag="$TAG"
     stage train-mid  $LAUNCH scripts.mid_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --save-every=500 ${MID_ARGS:-}
     stage train-sft  $LAUNCH scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --aqua_train_examples=20000 --aqua_val_examples=254 \
                      --target-examples-per-step=$(( 4 * $(times_ranks 8) )) --save-every=500 ${SFT_ARGS:-}
