@@ -37,6 +37,7 @@ from nanochat.interpretability.capture import Capture
 from nanochat.interpretability.plots import token_labels
 from nanochat.rl.letter_metrics import decision_point, letter_ids, letters_at
 from nanochat.serving.app import Settings, build_app
+from nanochat.serving.described import Attention, Letters, Problem, says
 from nanochat.serving.guard import is_loopback
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.pool import Pool
@@ -70,6 +71,8 @@ class Config:
     max_body_bytes: int = 1 << 20    # longest request
     timeout_s: float = 300.0         # a request's time; its answer ends where it is then
     access_log: bool = True          # print method, route, status and time of every request
+    tokenizer_info: bool = False     # answer /tokenizer_info: lm-evaluation-harness then needs no tokenizer=FOLDER, and takes no chat template
+    cors_origins: str = ""           # origins, with commas between them, whose pages may ask this server too, e.g. http://localhost:3000
 
 
 def main(config):
@@ -86,8 +89,9 @@ def main(config):
     except (ApiError, ValueError) as error:
         raise SystemExit(f"chat_web: {getattr(error, 'detail', error)}. Train one first (bash run_aquarat_small.sh), choose another stage (-i base, mid, sft, rl), "
                          "or set NANOCHAT_BASE_DIR") from None
-    settings = Settings(config.temperature, config.top_k, config.max_tokens, config.max_tokens_limit, config.max_body_bytes, config.timeout_s)
-    app = build_app(pool, settings, metrics, Path(__file__).with_name("chat_web.html"), key, (router,), print0 if config.access_log else None)
+    settings = Settings(config.temperature, config.top_k, config.max_tokens, config.max_tokens_limit, config.max_body_bytes, config.timeout_s, config.tokenizer_info)
+    origins = tuple(origin.strip().rstrip("/") for origin in config.cors_origins.split(",") if origin.strip())
+    app = build_app(pool, settings, metrics, Path(__file__).with_name("chat_web.html"), key, (router,), print0 if config.access_log else None, origins)
     try:
         listener = listen(config.host, config.port)
     except OSError as error:
@@ -196,7 +200,7 @@ def problems():
     return AQUA(split="validation")
 
 
-@router.get("/problem")
+@router.get("/problem", responses=says(Problem))
 async def problem(index: int | None = Query(None, ge=0, lt=2**31)):
     """-> {index, num_problems, prompt (the user's message, as models were trained on it), letters, answer_letter, reference}."""
     try:
@@ -211,7 +215,7 @@ async def problem(index: int | None = Query(None, ge=0, lt=2**31)):
                  "answer_letter": conversation["answer_letter"], "reference": message_text(conversation["messages"][-1])})
 
 
-@router.post("/letters")
+@router.post("/letters", responses=says(Letters))
 async def letters(body: LettersRequest, request: Request):
     """{model, messages, text, letters} -> {probs {letter: p over the letters}, mass (their share of the vocabulary), best, margin (logit of
     the best less that of the second best), written (the letter that stands in `text`, or null), is_forced}.
@@ -235,7 +239,7 @@ async def letters(body: LettersRequest, request: Request):
     return await look_into(request, body, look)
 
 
-@router.post("/attention")
+@router.post("/attention", responses=says(Attention))
 async def attention(body: AttentionRequest, request: Request):
     """{model, messages, text, layer, head} -> {layer, head, n_layer, n_head, queries, keys (labels), kinds (of the keys: question, options,
     completion, other), weights [query][key] in 0..1}. layer -1 = the last; head null = the mean of all. A row is a prediction, of at most

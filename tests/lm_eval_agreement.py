@@ -56,8 +56,8 @@ def compare(stage, tag, folder, max_problems, max_new_tokens=64):
             "lm_eval": (theirs["results"]["ours_written"]["exact_match,letter"], theirs["results"]["ours_letters"]["acc,none"])}
 
 
-def harness(exported, rows, folder, max_new_tokens):
-    """lm-evaluation-harness on the rows, generating and choosing, with the chat template."""
+def harness(exported, rows, folder, max_new_tokens, model="hf", model_args=None, tasks=("ours_written", "ours_letters")):
+    """lm-evaluation-harness on the rows, generating and choosing, with the chat template. Without `model_args` it loads the exported folder."""
     import lm_eval
     from lm_eval.tasks import TaskManager
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +67,8 @@ def harness(exported, rows, folder, max_new_tokens):
         if content["task"] == "ours_written":
             content["generation_kwargs"] = {"until": ["<|assistant_end|>"], "max_gen_toks": max_new_tokens, "do_sample": False}
         (folder / f"{content['task']}.yaml").write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-    return lm_eval.simple_evaluate(model="hf", model_args={"pretrained": str(exported), "dtype": "float32"}, tasks=["ours_written", "ours_letters"], device="cpu",
-                                   batch_size=16, apply_chat_template=True, log_samples=True, bootstrap_iters=0,
+    model_args = model_args or {"pretrained": str(exported), "dtype": "float32"}
+    return lm_eval.simple_evaluate(model=model, model_args=model_args, tasks=list(tasks), device="cpu", batch_size=16, apply_chat_template=True, log_samples=True, bootstrap_iters=0,
                                    task_manager=TaskManager(include_path=str(folder), include_defaults=False))
 
 

@@ -6,7 +6,9 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
+import httpx
 import torch
 import uvicorn
 
@@ -20,6 +22,8 @@ from nanochat.serving.pool import Pool
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.training import LoopState
 
+SECONDS = 180  # to wait for anything: a machine may be busy
+get = partial(httpx.get, timeout=SECONDS)
 COMPUTE = Compute(torch.device("cpu"), torch.float32)
 TEXT = ["Ann has 10 boxes with 8 cups each. How many cups in all?\n- 90=A\n- 80=B\n10*8=80 so 80=B\nAnswer: B Answer: A Answer: C Answer: D Answer: E "
         "naïve café, 東京, 🙂 the quick brown fox jumps over the lazy dog"] * 40
@@ -30,13 +34,13 @@ class NoConfig:
     seed: int = 0
 
 
-def make_base(folder, stages=("base", "mid", "sft", "rl"), sequence_len=96, n_layer=2, n_embd=32, vocab_size=400):
-    """Tokenizer, random models, and ten AQuA problems under `folder`, which must be NANOCHAT_BASE_DIR."""
+def make_base(folder, stages=("base", "mid", "sft", "rl"), sequence_len=96, n_layer=2, n_embd=32, vocab_size=400, padding=0):
+    """Tokenizer, random models with `padding` rows beyond its vocabulary, and ten AQuA problems under `folder`, which must be NANOCHAT_BASE_DIR."""
     tokenizer = Tokenizer.train(TEXT, vocab_size)
     tokenizer.save(folder / "tokenizer")
     for seed, stage in enumerate(stages):
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(sequence_len, tokenizer.vocab_size, n_layer, 2, 2, n_embd))
+        model = GPT(GPTConfig(sequence_len, tokenizer.vocab_size + padding, n_layer, 2, 2, n_embd))
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.3)  # the head too: a fresh model is uniform, and every greedy choice a tie
         save_checkpoint(stage, "d2", LoopState(step=5), NoConfig(), COMPUTE, model, torch.optim.SGD(model.parameters()), tokenizer)
@@ -70,10 +74,10 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, settings=Settings(), pool_class=Pool, port=0, **limits):
+def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, settings=Settings(), origins=(), port=0, **limits):
     metrics = Metrics()
-    pool = pool_class([COMPUTE] * workers, metrics, source, **limits)
-    app = build_app(pool, settings, metrics, page, api_key, routers, log)
+    pool = Pool([COMPUTE] * workers, metrics, source, **limits)
+    app = build_app(pool, settings, metrics, page, api_key, routers, log, origins)
     server = Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, loop="asyncio", http="h11", timeout_graceful_shutdown=2,
                                    timeout_keep_alive=75, ws="none"))
     server.app, server.pool, server.metrics = app, pool, metrics
@@ -86,7 +90,7 @@ def serve(source="rl", workers=1, page=None, api_key="", routers=(), log=None, s
         yield server
     finally:
         server.should_exit = True
-        thread.join(180)
+        thread.join(SECONDS)
         assert not thread.is_alive(), "the server did not end"
 
 
@@ -108,7 +112,7 @@ class Pace:
         self.is_free = True
 
 
-def wait_until_idle(server, seconds=180):
+def wait_until_idle(server, seconds=SECONDS):
     """Nothing in flight, nothing waiting, no row left in any engine."""
     end = time.monotonic() + seconds
     while any(driver.load or driver.rows or driver.waiting or driver.active or driver.scorings for driver in server.pool.drivers):

@@ -16,14 +16,13 @@ from nanochat.serving import completions, driver
 from nanochat.serving.render import render
 from nanochat.serving.text import Speech
 from scripts import chat_web
-from tests.serving import Pace, make_base, serve, wait_until_idle
+from tests.serving import SECONDS, Pace, make_base, serve, wait_until_idle
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 expect = playwright.expect
 PAGE = Path(chat_web.__file__).with_name("chat_web.html")
-SECONDS = 180  # a machine may be busy
 ATTACKS = ["<img src=x onerror=hacked=1>", "<script>hacked=1</script>", "<svg onload=hacked=1>", "[a](javascript:hacked=1)", "![x](https://example.test/x.png)",
            "<iframe srcdoc='<script>parent.hacked=1</script>'>", "<math><mi href='javascript:hacked=1'>x</mi></math>", "$\\href{javascript:hacked=1}{x}$",
            "$\\text{<img src=x onerror=hacked=1>}$", "```html\n<img src=x onerror=hacked=1>\n```", "<a href='https://example.test' style='position:fixed'>a</a>",
@@ -335,7 +334,8 @@ def test_an_aqua_problem_shows_its_letters_and_its_attention(visit, server, widt
     settle(page)
     rows = page.locator(".letters tr")
     expect(rows).to_have_count(6)
-    said = httpx.post(server.url + "/aqua/letters", json={"model": "rl", "messages": [{"role": "user", "content": prompt}], "text": kept_answers(page)[0]}).json()
+    said = httpx.post(server.url + "/aqua/letters", json={"model": "rl", "messages": [{"role": "user", "content": prompt}], "text": kept_answers(page)[0]},
+                      timeout=SECONDS).json()
     track = rows.first.locator(".track").bounding_box()["width"]
     for row, (letter, p) in zip(rows.all(), said["probs"].items()):
         assert row.locator("th").text_content() == letter + (" (right)" if letter == "B" else "") and row.locator("td").last.text_content() == f"{100 * p:.1f} %"

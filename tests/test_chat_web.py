@@ -21,9 +21,9 @@ from nanochat.engine import Engine, Request, message_parts
 from nanochat.serving.app import Settings
 from nanochat.serving.pool import Pool
 from nanochat.serving.text import token_text
-from nanochat.tokenizer import SPECIAL_TOKENS
+from nanochat.tokenizer import SPECIAL_TOKENS, get_tokenizer
 from scripts import chat_web
-from tests.serving import SPECIAL, Pace, make_base, said, serve, wait_until_idle, written
+from tests.serving import SECONDS, SPECIAL, Pace, get, make_base, said, serve, wait_until_idle, written
 
 QUESTION = [{"role": "user", "content": "How many cups in all?"}]
 
@@ -55,13 +55,13 @@ def engine(folder):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=SECONDS) as client:
         yield client
 
 
 def post(server, path, body, **headers):
     content = body if isinstance(body, (bytes, str)) else json.dumps(body)
-    return httpx.post(server.url + path, content=content, headers={"content-type": "application/json", **headers}, timeout=60)
+    return httpx.post(server.url + path, content=content, headers={"content-type": "application/json", **headers}, timeout=SECONDS)
 
 
 def alone(engine, prompt, **settings):
@@ -294,7 +294,7 @@ def test_half_a_surrogate_pair_breaks_nothing(server):
 @pytest.mark.parametrize("path, headers, status", [(CHAT, {}, 413), ("/nothing", {}, 413), (CHAT, {"host": "evil.test"}, 403), (CHAT, {"transfer-encoding": "chunked"}, 413)])
 def test_who_sends_too_much_is_told_so_and_may_go_on(server, path, headers, status):
     """The reply reaches a client that is still sending, and the connection serves its next request."""
-    with httpx.Client(timeout=30) as client:
+    with httpx.Client(timeout=SECONDS) as client:
         for size in (2 << 20, 9 << 20):
             content = (b"x" * (1 << 16) for _ in range(size >> 16)) if "transfer-encoding" in headers else b"x" * size
             reply = client.post(server.url + path, content=content, headers={"content-type": "application/json", **headers})
@@ -306,7 +306,7 @@ def test_who_sends_too_much_is_told_so_and_may_go_on(server, path, headers, stat
 
 
 def test_a_body_without_end_is_refused_before_it_ends(server):
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=SECONDS)
     try:
         connection.putrequest("POST", CHAT)
         connection.putheader("content-length", str(1 << 40))
@@ -323,34 +323,50 @@ def test_a_body_without_end_is_refused_before_it_ends(server):
 
 def test_only_those_with_the_key_are_served_and_only_from_here(folder, server, capsys):
     with serve(api_key="s3cret") as guarded:
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
-            assert httpx.get(guarded.url + path).status_code == 401
+        for path in ("/v1/models", "/openapi.json", "/aqua/problem", "/nothing"):
+            assert get(guarded.url + path).status_code == 401
             for wrong in ("Bearer s3cre", "Bearer s3cretx", "Bearer", "s3cret", "Basic s3cret", "Bearer é"):
-                assert httpx.get(guarded.url + path, headers={"authorization": wrong.encode()}).status_code == 401
-        assert httpx.get(guarded.url + "/health").status_code == 200
-        assert httpx.get(guarded.url + "/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
+                assert get(guarded.url + path, headers={"authorization": wrong.encode()}).status_code == 401
+        for path in ("/health", "/metrics"):  # what a monitor asks: they hold no word and no key
+            assert get(guarded.url + path).status_code == 200
+        described = get(guarded.url + "/openapi.json", headers={"authorization": "Bearer s3cret"}).json()
+        assert described["paths"][CHAT]["post"]["security"] == [{"key": []}] and described["paths"]["/health"]["get"]["security"] == []
+        assert get(guarded.url + "/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
         with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret") as client:
             assert {model.id for model in client.models.list()} == {f"{stage}/d2" for stage in ("base", "mid", "sft", "rl")}
         with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
-        assert httpx.get(guarded.url + "/health", headers={"host": "any.name"}).status_code == 200
-    assert httpx.get(server.url + "/health", headers={"host": "evil.test"}).status_code == 403
-    assert httpx.get(server.url + "/health", headers={"host": "localhost:1"}).status_code == 200
-    assert all(httpx.get(server.url + "/health", headers={"host": host}).status_code == 403 for host in ("evil.test:80", "127.0.0.1.evil.test", "", "[::1", "1.2.3.4"))
+        assert get(guarded.url + "/health", headers={"host": "any.name"}).status_code == 200
+    assert get(server.url + "/health", headers={"host": "evil.test"}).status_code == 403
+    assert get(server.url + "/health", headers={"host": "localhost:1"}).status_code == 200
+    assert all(get(server.url + "/health", headers={"host": host}).status_code == 403 for host in ("evil.test:80", "127.0.0.1.evil.test", "", "[::1", "1.2.3.4"))
     reply = post(server, CHAT, {"messages": QUESTION}, origin="http://evil.test")
     assert reply.status_code == 403 and "access-control-allow-origin" not in reply.headers
     assert post(server, CHAT, {"messages": QUESTION, "max_tokens": 1}, origin=server.url).status_code == 200
-    assert httpx.options(server.url + CHAT, headers={"origin": server.url, "access-control-request-method": "POST"}).status_code == 405
+    assert httpx.options(server.url + CHAT, timeout=SECONDS, headers={"origin": server.url, "access-control-request-method": "POST"}).status_code == 405
+
+
+@pytest.mark.parametrize("key", ["", "s3cret"])
+def test_pages_of_other_sites_may_ask_only_where_the_operator_names_them(folder, key):
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    with serve(origins=("http://app.test",), api_key=key) as server:
+        for origin, is_welcome in (("http://app.test", True), ("http://evil.test", False), ("https://app.test", False)):
+            preflight = httpx.options(server.url + CHAT, timeout=SECONDS, headers={"origin": origin, **asked})
+            assert (preflight.status_code == 200) == is_welcome == (preflight.headers.get("access-control-allow-origin") == origin)
+            reply = post(server, CHAT, {"messages": QUESTION, "max_tokens": 1}, origin=origin, **({"authorization": f"Bearer {key}"} if key else {}))
+            assert (reply.headers.get("access-control-allow-origin") == origin) == is_welcome
+            assert reply.status_code == (200 if is_welcome or key else 403)
+        if key:
+            assert post(server, CHAT, {"messages": QUESTION}, origin="http://app.test").status_code == 401
 
 
 def test_the_log_has_no_word_of_a_conversation(folder):
     lines = []
     with serve(log=lines.append) as server:
         post(server, CHAT + "?q=hidden", {"messages": [{"role": "user", "content": "hidden"}], "max_tokens": 2})
-        httpx.get(server.url + "/hidden")
+        get(server.url + "/hidden")
         post(server, CHAT, {"hidden": "hidden"})
         wait_until_idle(server)
-        time.sleep(0.1)
     assert [re.sub(r"\d+ ms", "N ms", line) for line in lines] == [f"POST {CHAT} 200 N ms", "GET (none) 404 N ms", f"POST {CHAT} 400 N ms"]
 
 
@@ -380,7 +396,7 @@ def test_a_client_that_leaves_frees_its_rows_at_once(folder, engine, monkeypatch
             connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
             wait_until_idle(server)
-        metrics = httpx.get(server.url + "/metrics").text
+        metrics = get(server.url + "/metrics").text
         assert "nanochat_cancelled_total 2" in metrics
         assert int(re.search(r"nanochat_generated_tokens_total (\d+)", metrics)[1]) <= 3 * (1 + 6) + 3, "the rows went on without their client"
 
@@ -397,8 +413,8 @@ def test_a_full_queue_says_when_to_come_back_and_health_answers_meanwhile(folder
             refused = post(server, TEXT, body)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
             for path in ("/health", "/metrics"):
-                assert httpx.get(server.url + path, timeout=60).status_code == 200
-            metrics = httpx.get(server.url + "/metrics").text
+                assert get(server.url + path).status_code == 200
+            metrics = get(server.url + "/metrics").text
             assert 'nanochat_rows{worker="0"} 2' in metrics and 'nanochat_queue{worker="0"} 2' in metrics
             pace.free()
             texts = {future.result().json()["choices"][0]["text"] for future in running}
@@ -437,7 +453,7 @@ def test_a_failure_inside_the_engine_is_told_and_the_next_request_is_served(fold
         assert post(server, CHAT, {"messages": QUESTION}).status_code == 500
         assert post(server, CHAT, {"messages": QUESTION}).status_code == 200
         wait_until_idle(server)
-        assert "nanochat_engine_errors_total 1" in httpx.get(server.url + "/metrics").text
+        assert "nanochat_engine_errors_total 1" in get(server.url + "/metrics").text
 
 
 def test_two_workers_share_the_work_and_say_the_same(folder, engine, monkeypatch):
@@ -452,7 +468,7 @@ def test_two_workers_share_the_work_and_say_the_same(folder, engine, monkeypatch
             assert [driver.rows for driver in server.pool.drivers] == [3, 3], "least loaded first"
             pace.free()
         assert len({future.result().json()["choices"][0]["text"] for future in running}) == 1
-        assert 'worker="1"' in httpx.get(server.url + "/metrics").text
+        assert 'worker="1"' in get(server.url + "/metrics").text
         wait_until_idle(server)
 
 
@@ -461,19 +477,19 @@ def test_models_are_loaded_when_asked_for_and_the_least_used_goes(folder):
         for name in ("base", "mid", "sft", "base", "rl/d2"):
             assert post(server, CHAT, {"messages": QUESTION, "model": name, "max_tokens": 1}).json()["model"] == name.partition("/")[0] + "/d2"
             assert len(server.pool.seats[server.pool.drivers[0]]) <= 2
-        loaded = {one["id"] for one in httpx.get(server.url + "/v1/models").json()["data"] if one["is_loaded"]}
+        loaded = {one["id"] for one in get(server.url + "/v1/models").json()["data"] if one["is_loaded"]}
         assert loaded == {"base/d2", "rl/d2"}
-        assert httpx.get(server.url + "/v1/models/sft").json()["id"] == "sft/d2" and httpx.get(server.url + "/v1/models/x").status_code == 404
-        assert httpx.get(server.url + "/v1/info").json()["default_model"] == "rl/d2"
+        assert get(server.url + "/v1/models/sft").json()["id"] == "sft/d2" and get(server.url + "/v1/models/x").status_code == 404
+        assert get(server.url + "/v1/info").json()["default_model"] == "rl/d2"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For the page
 
 def test_a_problem_its_letters_and_its_attention(server, engine):
-    problem = httpx.get(server.url + "/aqua/problem?index=2").json()
+    problem = get(server.url + "/aqua/problem?index=2").json()
     assert problem["answer_letter"] == "B" and problem["num_problems"] == 10 and "What is 12 + 1?" in problem["prompt"]
-    assert httpx.get(server.url + "/aqua/problem").json()["num_problems"] == 10 and httpx.get(server.url + "/aqua/problem?index=10").status_code == 404
+    assert get(server.url + "/aqua/problem").json()["num_problems"] == 10 and get(server.url + "/aqua/problem?index=10").status_code == 404
     messages, tokenizer = [{"role": "user", "content": problem["prompt"]}], engine.tokenizer
     for text, written in (("", None), ("12 and 1", None), ("so\nAnswer: C", "C"), ("Answer: no", None)):
         said = post(server, "/aqua/letters", {"messages": messages, "text": text, "letters": problem["letters"]}).json()
@@ -496,15 +512,31 @@ def test_the_page_is_served_under_its_policy(folder, server, tmp_path):
     path = tmp_path / "page.html"
     path.write_text("<title>chat</title><script>1</script>")
     with serve(page=path) as with_page:
-        reply = httpx.get(with_page.url + "/")
+        reply = get(with_page.url + "/")
         assert reply.text == path.read_text() and "script-src 'sha256-" in reply.headers["content-security-policy"]
         assert reply.headers["x-content-type-options"] == "nosniff"
-    assert httpx.get(server.url + "/").status_code == 404
+    assert get(server.url + "/").status_code == 404
     assert post(server, "/render", {"text": "**b** <i>"}).json()["html"] == "<p><strong>b</strong> &lt;i&gt;</p>\n"
 
 
-def test_a_harness_finds_the_tokenizer(server, engine):
-    assert httpx.get(server.url + "/tokenizer_info").json()["eos_token"] == "<|assistant_end|>"
+def test_rows_that_pad_the_vocabulary_are_never_said(tmp_path, monkeypatch):
+    """As in checkpoints whose vocabulary was rounded up: ids without bytes are neither drawn nor alternatives, and as a prompt are refused."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    make_base(tmp_path, stages=("rl",), padding=60)
+    with serve() as server:
+        tokenizer = get_tokenizer()
+        reply = post(server, CHAT, {"messages": QUESTION, "temperature": 2, "top_k": 0, "n": 20, "max_tokens": 30, "logprobs": True, "top_logprobs": 20})
+        assert reply.status_code == 200 and len(reply.json()["choices"]) == 20
+        echoed = {"prompt": [[5, 6, 7]], "echo": True, "logprobs": 20, "max_tokens": 1, "temperature": 0}
+        assert len(post(server, TEXT, echoed).json()["choices"][0]["logprobs"]["top_logprobs"][1]) >= 20
+        for body in ({"prompt": [[tokenizer.vocab_size]]}, {**echoed, "prompt": [[tokenizer.vocab_size]]}):
+            assert post(server, TEXT, body).status_code == 400
+
+
+def test_a_harness_finds_the_tokenizer_where_it_is_meant_to(server, engine):
+    assert get(server.url + "/tokenizer_info").status_code == 404
+    with serve(settings=Settings(tokenizer_info=True)) as telling:
+        assert get(telling.url + "/tokenizer_info").json()["eos_token"] == "<|assistant_end|>"
     for text in ("Ann has 10", "<|bos|>", "a<|bos|>"):
         ids = post(server, "/tokenize", {"prompt": text, "add_special_tokens": False}).json()["tokens"]
         assert ids == ([engine.tokenizer.bos_id] if text == "<|bos|>" else engine.tokenizer.encode(text))
@@ -560,11 +592,11 @@ def test_the_command_prints_its_address_serves_and_ends_with_sigterm(folder):
                                cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
-        assert httpx.get(url + "/v1/info", timeout=60).json()["workers"] == 2
-        with httpx.stream("POST", url + CHAT, json={"messages": QUESTION, "stream": True, "max_tokens": 5}, timeout=60) as reply:
+        assert get(url + "/v1/info").json()["workers"] == 2
+        with httpx.stream("POST", url + CHAT, json={"messages": QUESTION, "stream": True, "max_tokens": 5}, timeout=SECONDS) as reply:
             assert reply.read().endswith(b"data: [DONE]\n\n")
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=SECONDS)
         assert (process.returncode, err) == (0, ""), err
         assert "How many" not in out
     finally:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nanochat.engine import TextStream
+from nanochat.serving.described import ChatCompletion, Completion, says
 from nanochat.serving.generate import Answering, Choice, engine_requests
 from nanochat.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from nanochat.serving.replies import ChatReply, CompletionReply
@@ -16,7 +17,7 @@ from nanochat.serving.transport import EventStream, Json, while_connected
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=says(ChatCompletion, also_stream=True))
 async def chat_completions(body: ChatRequest, request: Request):
     """One answer, or n, to a conversation. The content is what the assistant says; where it called a tool, the message has `parts` too."""
     body.check()
@@ -36,7 +37,7 @@ async def chat_completions(body: ChatRequest, request: Request):
     return await respond(request, body, body.n or 1, prepare, reply, text_stream(body, hides_tools=True), top)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=says(Completion, also_stream=True))
 async def completions(body: CompletionRequest, request: Request):
     """Text goes on. With echo and logprobs the prompt's own tokens are scored: so evaluation harnesses ask for likelihoods."""
     body.check()
@@ -133,9 +134,9 @@ async def respond_scored(request, body, load, encoded, wanted, text_stream):
 
 
 def check_scored(seat, tokens):
-    config = seat.model.config
-    if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
-        raise ApiError(400, f"the prompt holds token {max(tokens)}, outside the vocabulary of {config.vocab_size}", param="prompt")
+    config, vocab_size = seat.model.config, seat.tokenizer.vocab_size
+    if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ApiError(400, f"the prompt holds token {max(tokens)}, outside the vocabulary of {vocab_size}", param="prompt")
     if len(tokens) > config.sequence_len:
         raise ApiError(400, f"the prompt has {len(tokens)} tokens, and the model's context is {config.sequence_len}: shorten it", param="prompt",
                        code="context_length_exceeded")

@@ -242,7 +242,7 @@ class Driver(threading.Thread):
         open_items = [(job, place) for job in jobs for place in range(len(job.items)) if place not in job.scores]
         first = next(batch for batch in scoring.batches([job.items[place] for job, place in open_items], seat.model.device.type) if 0 in batch)
         chosen = [open_items[i] for i in first]  # the batch with the oldest one in it
-        for (job, place), score in zip(chosen, scoring.score(seat.model, [job.items[place] for job, place in chosen])):
+        for (job, place), score in zip(chosen, scoring.score(seat.model, [job.items[place] for job, place in chosen], seat.tokenizer.vocab_size)):
             job.scores[place] = score
             if len(job.scores) == len(job.items):
                 self.scorings.remove(job)

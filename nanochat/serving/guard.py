@@ -12,7 +12,7 @@ import time
 
 from nanochat.serving.protocol import ApiError
 
-OPEN_PATHS = ("/", "/health", "/favicon.ico")  # without the key: what a browser and a load balancer ask before they have one
+OPEN_PATHS = ("/", "/health", "/metrics", "/favicon.ico")  # without the key: what a browser, a load balancer and a monitor ask
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"cross-origin-resource-policy", b"same-origin")]
 BODY_SECONDS = 30.0     # for the whole body to arrive
@@ -22,10 +22,10 @@ DRAIN_SECONDS = 5.0
 
 class Guard:
     """`api_key` "" = none is asked for; then only requests addressed to this machine by a loopback name are answered, so that no
-    foreign page can reach the server, not even under a name of its own (DNS rebinding)."""
+    foreign page but those of `origins` can reach the server, not even under a name of its own (DNS rebinding)."""
 
-    def __init__(self, app, metrics, api_key="", max_body=1 << 20, log=None):
-        self.app, self.metrics, self.max_body, self.log = app, metrics, max_body, log
+    def __init__(self, app, metrics, api_key="", max_body=1 << 20, log=None, origins=()):
+        self.app, self.metrics, self.max_body, self.log, self.origins = app, metrics, max_body, log, origins
         self.key_digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
 
     async def __call__(self, scope, receive, send):
@@ -95,7 +95,7 @@ class Guard:
             if not is_loopback(host[:-len(port)] if (port := host[host.rfind(":"):])[1:].isdigit() else host):
                 raise ApiError(403, "without an API key this server answers only under 127.0.0.1 and localhost", code="wrong_host")
             origin = headers.get(b"origin", b"").decode("latin-1")
-            if origin and origin.partition("://")[2] != host:
+            if origin and origin.partition("://")[2] != host and origin not in self.origins:
                 raise ApiError(403, "requests from other sites' pages are not answered", code="cross_origin")
         elif scope["path"] not in OPEN_PATHS:
             given = headers.get(b"authorization", b"")

@@ -64,9 +64,16 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
+def name_extras(schema):
+    """Into the description: what `check` below lets pass besides the fields."""
+    schema["properties"] |= {name: {"description": "accepted and ignored"} for name in sorted(IGNORED)}
+    schema["properties"] |= {name: {"enum": list(values), "description": "not supported: only what changes nothing"} for name, values in NEUTRAL.items()}
+    schema["additionalProperties"] = False
+
+
 class Sampling(BaseModel):
     """The settings that both endpoints share. None = the server's default."""
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, json_schema_extra=name_extras)
     model: str | None = Field(None, max_length=200)
     n: int | None = Field(1, ge=1, le=128)
     temperature: float | None = Field(None, ge=0, le=2)

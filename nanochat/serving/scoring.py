@@ -41,8 +41,10 @@ def batches(items, device_type):
 
 
 @torch.inference_mode()
-def score(model, items):
-    """One pass over items -> a Score for each. The logits exist for a few positions at a time, so memory does not grow with T * V."""
+def score(model, items, vocab_size=None):
+    """One pass over items -> a Score for each. The logits exist for a few positions at a time, so memory does not grow with T * V.
+
+    Rows beyond `vocab_size` only pad the vocabulary: they count in the normalizer, and are never an alternative."""
     T, device = max(len(item.tokens) for item in items), model.device
     inputs = torch.tensor([item.tokens + [0] * (T - len(item.tokens)) for item in items], device=device)
     # position t predicts token t + 1; the last real one predicts what would come next, and has no target
@@ -51,12 +53,13 @@ def score(model, items):
     hidden = model.hidden(inputs)[rows, times]  # (N, C)
     targets = torch.tensor([item.tokens[t + 1] if t + 1 < len(item.tokens) else -1 for item in items
                             for t in range(max(item.first, 1) - 1, len(item.tokens))], device=device)
-    width = min(max(1, *(item.top for item in items)), model.config.vocab_size)
+    vocab_size = vocab_size or model.config.vocab_size
+    width = min(max(1, *(item.top for item in items)), vocab_size)
     found = []
     for part in chunks(hidden, model.config.vocab_size):
         logprobs = torch.log_softmax(model.logits(hidden[part]), dim=-1)
         wanted = targets[part]
-        best = logprobs.topk(width, dim=-1)
+        best = logprobs[:, :vocab_size].topk(width, dim=-1)
         of_target = logprobs.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
         found += zip(of_target.tolist(), best.indices.tolist(), best.values.tolist())
     scores, start = [], 0
