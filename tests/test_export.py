@@ -113,12 +113,12 @@ def test_a_bfloat16_export_holds_the_rounded_weights(exported, tmp_path):
 
 def test_ids_are_equal_on_ten_thousand_strings(exported, theirs):
     tokenizer, (_, hf_tokenizer) = exported[3], theirs
-    texts = random_texts(10_000, seed=5)
+    texts = random_texts(10_200, seed=5)
     assert sum(any(name in text for name in SPECIAL_TOKENS) for text in texts) > 1_000
     ours = tokenizer.encode(texts)
     found = hf_tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     removed = {place for place, text in enumerate(texts) if is_markup(text)}
-    assert len(removed) < 200
+    assert len(texts) - len(removed) >= 10_000
     wrong = [(text, a, b) for place, (text, a, b) in enumerate(zip(texts, ours, found)) if a != b and place not in removed]
     assert not wrong, wrong[:3]
     plain = [text for text in texts if not any(name in text for name in SPECIAL_TOKENS) and not is_markup(text)]

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from nanochat.engine import TextStream
 from nanochat.serving.described import ChatCompletion, Completion, says
-from nanochat.serving.generate import Answering, Choice, engine_requests
+from nanochat.serving.generate import Answering, Choice, check_tokens, engine_requests
 from nanochat.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from nanochat.serving.replies import ChatReply, CompletionReply
 from nanochat.serving.scoring import Item, Score
@@ -134,12 +134,10 @@ async def respond_scored(request, body, load, encoded, wanted, text_stream):
 
 
 def check_scored(seat, tokens):
-    config, vocab_size = seat.model.config, seat.tokenizer.vocab_size
-    if not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        raise ApiError(400, f"the prompt holds token {max(tokens)}, outside the vocabulary of {vocab_size}", param="prompt")
-    if len(tokens) > config.sequence_len:
-        raise ApiError(400, f"the prompt has {len(tokens)} tokens, and the model's context is {config.sequence_len}: shorten it", param="prompt",
-                       code="context_length_exceeded")
+    check_tokens(seat, tokens)
+    most = seat.model.config.sequence_len
+    if len(tokens) > most:
+        raise ApiError(400, f"the prompt has {len(tokens)} tokens, and the model's context is {most}: shorten it", param="prompt", code="context_length_exceeded")
 
 
 def one_token(seat, prompt, index, score, wanted, answer, top):

@@ -37,6 +37,12 @@ class Choice:
         self.new_text, self.first_new, self.score = "", len(self.tokens), None
 
 
+def check_tokens(seat, tokens):
+    """ApiError for ids that are no token: also those of rows that only pad the vocabulary."""
+    if not 0 <= min(tokens) <= max(tokens) < seat.tokenizer.vocab_size:
+        raise ApiError(400, f"the prompt holds token {max(tokens)}, outside the vocabulary of {seat.tokenizer.vocab_size}", param="prompt")
+
+
 def engine_requests(body, prompts, max_new_tokens, defaults, seat):
     """A Sampling body and prompts as ids -> engine Requests, each with n samples. ApiError for what does not fit the model."""
     seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -47,6 +53,7 @@ def engine_requests(body, prompts, max_new_tokens, defaults, seat):
         temperature = 0.0
     requests = []
     for prompt in prompts:
+        check_tokens(seat, prompt)
         room = seat.model.config.sequence_len - len(prompt)
         if room < 1:
             raise ApiError(400, f"the prompt has {len(prompt)} tokens, and the model's context of {room + len(prompt)} leaves no place for an answer: "
