@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import parse_args as torchrun_arguments
 
 from nanochat.configurator import parse
 from nanochat.run_logger import read_log
@@ -131,6 +132,31 @@ def test_a_phase_follows_the_pointer_unless_a_checkpoint_is_named():
     assert [(config.source, config.model_tag, config.step) for _, config in evaluated] == [("rl", "d28", 200)]
     (_, config), = commands("itiger_r1_rs_sft.sh", RS_COT_PATH="rs.jsonl", POINTED="mid d4 60")[0]
     assert (config.source, config.model_tag, config.output_tag) == ("mid", "d4", "d4-r7-rs")
+
+
+def test_torchrun_leaves_our_flags_alone(tmp_path):
+    """Without -- before the module it takes --run for a flag of its own and refuses; the launchers are asked what they would start."""
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "PRESET": "gpu", "NPROC_PER_NODE": "2", "NPROC": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1",
+                   "SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    for launch in ("source slurm/common.sh; on_node -m scripts.chat_sft --run=dummy --step=3", "source scripts/pipeline.sh; choose_hardware; $LAUNCH scripts.chat_sft --run=dummy --step=3"):
+        done = subprocess.run(["bash", "-c", launch], cwd=ROOT, env=environment, capture_output=True, text=True)
+        asked = torchrun_arguments(done.stdout.split("\0")[:-1])
+        assert (asked.module, asked.training_script, asked.training_script_args, asked.nproc_per_node) == (True, "scripts.chat_sft", ["--run=dummy", "--step=3"], "2"), done.stderr
+
+
+def test_the_base_directory_is_the_first_place_that_is_named(tmp_path):
+    def chosen(**environment):
+        done = subprocess.run(["bash", "-c", "source slurm/common.sh; choose_base_dir; echo \"$NANOCHAT_BASE_DIR\""], cwd=ROOT, env={"PATH": os.environ["PATH"], "HOME": "/home/me", **environment},
+                              capture_output=True, text=True)
+        return done.stdout.strip() or done.stderr
+    assert chosen() == "/home/me/.cache/nanochat"
+    assert chosen(SCRATCH="/s") == "/s/nanochat"
+    assert chosen(SCRATCH="/s", PROJECT_CACHE_ROOT="/p") == "/p/nanochat"
+    assert chosen(SCRATCH="/s", NANOCHAT_BASE_DIR="~/runs") == "/home/me/runs"
+    assert "lies in SLURM_TMPDIR, which goes with the job" in chosen(SLURM_TMPDIR="/t", SCRATCH="/t/x")
+    assert chosen(SLURM_TMPDIR="/t", SCRATCH="/t/x", ALLOW_SLURM_TMPDIR="1") == "/t/x/nanochat"
 
 
 def test_nothing_is_hard_coded_to_one_cluster():
