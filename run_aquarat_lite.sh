@@ -20,7 +20,11 @@ if [ -n "${SFT_REPO:-}" ]; then
     fi
     # the problems for RL and evaluation, which a whole pipeline would have made before
     if [ -z "${AQUA_DATA_DIR:-}" ] && [ ! -f "$NANOCHAT_BASE_DIR/aqua/train.jsonl" ]; then
-        if [ "$PRESET" = cpu ]; then python -m scripts.prepare_offline --only=aqua --seed="$SEED"; else python -m scripts.prepare_aqua; fi
+        if [ "$PRESET" = cpu ]; then
+            for part in aqua identity; do python -m scripts.prepare_offline --only="$part" --seed="$SEED"; done
+        else
+            python -m scripts.prepare_aqua
+        fi
     fi
     export EVAL_SOURCES="${EVAL_SOURCES:-sft rl}"  # there may be no other stages here
 fi

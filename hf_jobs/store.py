@@ -50,7 +50,7 @@ def main(config):
     if config.pull:
         pull(store)
     elif config.push:
-        patiently(lambda: push(store, config.after or "by hand"))
+        patiently(lambda: push(store, f"after {config.after}" if config.after else "by hand"))
     else:
         watch(store, 60 * config.watch_minutes)
 
@@ -86,12 +86,12 @@ def patiently(action):
 
 # -- both ways --------------------------------------------------------------------------------------------------------
 
-def push(store, after):
+def push(store, message):
     with locked():
         snapshot = base_dir() / ".store" / "snapshot"
         names = take_snapshot(snapshot)
         try:
-            store.send(snapshot, names, after)
+            store.send(snapshot, names, message)
         finally:
             shutil.rmtree(snapshot, ignore_errors=True)
 
@@ -187,7 +187,7 @@ class HubStore:
     def __str__(self):
         return self.repo
 
-    def send(self, snapshot, names, after):
+    def send(self, snapshot, names, message):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
         with hub_errors(self.repo):
             api = HfApi()
@@ -195,8 +195,8 @@ class HubStore:
             gone = outdated(api.list_repo_files(self.repo), names)
             operations = [CommitOperationAdd(name, snapshot / name) for name in names] + [CommitOperationDelete(name) for name in gone]
             if operations:
-                api.create_commit(self.repo, operations, commit_message=f"after {after}")
-        print0(f"upload: {len(names)} files are in {self.repo} after {after}")
+                api.create_commit(self.repo, operations, commit_message=message)
+        print0(f"upload, {message}: {len(names)} files are in {self.repo}")
 
     def fetch(self, arrived):
         from huggingface_hub import HfApi
@@ -230,7 +230,7 @@ class FolderStore:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): empty the folder to start over") from error
 
-    def send(self, snapshot, names, after):
+    def send(self, snapshot, names, message):
         before, now = self.manifest(), {name: sha256_of(snapshot / name) for name in names}
         for name in names:
             target = self.folder / name
@@ -243,7 +243,7 @@ class FolderStore:
         write_atomic(self.folder / MANIFEST, json.dumps({**{name: digest for name, digest in before.items() if name not in gone}, **now}, indent=1))
         for name in gone:
             (self.folder / name).unlink(missing_ok=True)
-        print0(f"upload: {len(names)} files are in {self.folder} after {after}")
+        print0(f"upload, {message}: {len(names)} files are in {self.folder}")
 
     def fetch(self, arrived):
         names = []

@@ -48,7 +48,7 @@ read_env_file() {
 # set_up_environment EXTRA...: uv, Rust, the locked packages, rustbpe. USE_ACTIVE_ENV=1 takes the environment that is active, as in an image that has it all
 set_up_environment() {
     if [ "${USE_ACTIVE_ENV:-0}" = 1 ]; then
-        python -c 'import cyclopts, rustbpe, torch' || die "USE_ACTIVE_ENV=1, but $(command -v python || echo no python) lacks these packages: unset it, and they are installed"
+        python -c 'import sys; from importlib.util import find_spec as find; sys.exit(None in map(find, ("cyclopts", "rustbpe", "torch")))' || die "USE_ACTIVE_ENV=1, but $(command -v python || echo no python) lacks these packages: unset it, and they are installed"
         return
     fi
     ensure_uv

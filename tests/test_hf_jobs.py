@@ -252,6 +252,16 @@ def test_a_damaged_file_of_a_bucket_is_left_out(tmp_path, monkeypatch, capsys):
         store.FolderStore(kept).fetch(fresh)
 
 
+def test_results_are_kept_while_a_stage_runs_and_the_watching_ends_with_the_job(tmp_path, monkeypatch):
+    base, kept = tmp_path / "base", tmp_path / "kept"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    lay_out(base, 4, finished=False)
+    parents = iter([1, 1, 1, 2])                                         # the parent lives for two looks, then it is another
+    monkeypatch.setattr(store.os, "getppid", lambda: next(parents))
+    store.watch(store.FolderStore(kept), 0.01)
+    assert (kept / "base_checkpoints/tiny/optim_000004_rank0.pt").is_file()
+
+
 def test_a_store_that_cannot_be_written_is_found_out_at_once(hub, tmp_path):
     for flags, wrong in ((("--repo=me/x", "--pull"), "401"), (("--repo=me", "--push"), "user/name"), (("--push",), "give one of them"), (("--repo=me/x",), "give one of --push")):
         _, error, _ = hub.run("hf_jobs.store", *flags, NANOCHAT_BASE_DIR=str(tmp_path), HF_TOKEN="hf_other")

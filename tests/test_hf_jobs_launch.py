@@ -22,6 +22,7 @@ from tests.fakes.hub_jobs import ENDED, ROOT, Driver, JobsHub
 
 WANDB_SECRET = "wandb-secret-5b1f0c77aa"
 LAUNCH = "hf_jobs.launch"
+QUICK = ("HF_BASE_ITERATIONS=5", "HF_SYNC_MINUTES=0")
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,17 @@ def hub(tmp_path_factory):
         yield server
 
 
-# three stages in place of the pipeline's; the second can fail, or wait
+# two stages in place of the pipeline's; the second can wait, or fail
 PIPELINE = r"""set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/bootstrap.sh
 source scripts/pipeline.sh
-set_up_environment
 choose_places
 echo "job $JOB_ID of $ACCELERATOR with $CPU_CORES cores; $(cat marker.txt); key $(printf %s "${WANDB_API_KEY:-}" | sha256sum | cut -c1-8); ${BASE_ARGS}"
-stage data bash -c 'mkdir -p $NANOCHAT_BASE_DIR/report; echo data made'
-stage tokenizer bash -c 'echo "section by $JOB_ID" > $NANOCHAT_BASE_DIR/report/a.md'
+mkdir -p "$NANOCHAT_BASE_DIR/report"
+stage tokenizer bash -c 'echo "section by $JOB_ID" | tee $NANOCHAT_BASE_DIR/report/a.md'
 if [ -n "${WAITING:-}" ]; then echo "now it waits"; while [ ! -e "$WAITING" ]; do sleep 0.2; done; fi
-stage report bash -c "[ -z '${FAIL:-}' ]; echo 'line with ünïcode'"
+stage report bash -c '[ -z "${FAIL:-}" ] && echo "line with ünïcode"'
 """
 
 
@@ -51,7 +51,7 @@ stage report bash -c "[ -z '${FAIL:-}' ]; echo 'line with ünïcode'"
 def tree(tmp_path_factory):
     """A repository with the real scripts and packages, short stages, one change that is not committed, and a .env that must not travel."""
     folder = tmp_path_factory.mktemp("tree")
-    for room in ("nanochat", "hf_jobs", "scripts"):
+    for room in ("nanochat", "hf_jobs", "scripts", "tasks"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__", ".env", "*.so"))
     (folder / "run_aquarat_small.sh").write_text(PIPELINE)
     (folder / ".gitignore").write_text(".env\n")
@@ -145,12 +145,12 @@ def test_older_clients_get_the_name_as_a_label_or_not_at_all_and_never_as_the_im
 def test_a_job_that_fails_names_its_stage_and_one_that_is_started_again_goes_on(hub, tree):
     """[J1] [J2] [J3] [J4] [J5] [J10]"""
     hub.cut_logs = 1
-    status, error, output = hub.run(LAUNCH, "--flavor=cpu-basic", "--timeout=1h", "--name=first", "--env", "FAIL=1", "HF_BASE_ITERATIONS=5", root=tree)
+    status, error, output = hub.run(LAUNCH, "--flavor=cpu-basic", "--timeout=1h", "--name=first", "--env", "FAIL=1", *QUICK, root=tree)
     assert (status, error) == (1, None), (error, output)
     job = hub.newest
     assert "stage report failed" in output and "status 1; start the same job again" in output and f"job {job.id}: ERROR" in output
     assert f"job {job.id} of none with 2 cores; changed here; key {hashlib.sha256(WANDB_SECRET.encode()).hexdigest()[:8]};  --num-iterations=5" in output
-    assert output.count("data made") == 1                              # a log that broke off is gone on with, and no line is shown twice
+    assert output.count(f"section by {job.id}\n") == 1                # a log that broke off is gone on with, and no line is shown twice
     asked = job.asked
     assert asked["timeoutSeconds"] == 3600 and asked["labels"]["name"] == "first" and asked["flavor"] == "cpu-basic"
     assert asked["dockerImage"] == "pytorch/pytorch:2.6.0-cuda12.4-cudnn9-devel" and asked["command"][:2] == ["bash", "-c"]
@@ -160,15 +160,16 @@ def test_a_job_that_fails_names_its_stage_and_one_that_is_started_again_goes_on(
     assert hub.private["me/nanochat-jobs-code"] is True and hub.private["me/first"] is True
     kept = hub.root / "me" / "first"
     stamps = {path.name for path in (kept / "stages").iterdir()}
-    assert "tokenizer.done" in stamps and not stamps & {"report.done", "data.done"}
+    assert "tokenizer.done" in stamps and "report.done" not in stamps
     name = (kept / "run_name").read_text().strip()
     assert re.fullmatch(r"aquarat-hf-\d{8}-\d{6}", name)
 
-    status, error, output = hub.run(LAUNCH, "--flavor=cpu-basic", "--timeout=1h", "--name=first", "--env", "HF_BASE_ITERATIONS=5", root=tree)
+    status, error, output = hub.run(LAUNCH, "--flavor=cpu-basic", "--timeout=1h", "--name=first", "--env", *QUICK, root=tree)
     assert (status, error) == (0, None), (error, output)
-    assert "tokenizer: done before, skipped" in output and "ünïcode" in output and "COMPLETED" in output and "data made" in output
+    assert "tokenizer: done before, skipped" in output and "ünïcode" in output and "COMPLETED" in output
     assert (kept / "report/a.md").read_text() == f"section by {job.id}\n" and (kept / "run_name").read_text().strip() == name
-    assert (kept / "stages/report.done").is_file() and [summary for repo, summary in hub.commits if repo == "me/first"][-1] == "after report"
+    assert (kept / "stages/report.done").is_file() and [summary for repo, summary in hub.commits if repo == "me/first"] == [
+        "after tokenizer", "after the-end", "after report", "after the-end"]
 
 
 @contextmanager
@@ -195,7 +196,7 @@ def read_until(process, text):
 
 
 def test_ctrl_c_tells_how_to_cancel_or_cancels_and_a_second_job_with_the_same_results_is_refused(hub, tree, tmp_path):
-    waiting = ("--flavor=cpu-basic", "--timeout=1h", "--name=long", "--env", f"WAITING={tmp_path / 'go'}")
+    waiting = ("--flavor=cpu-basic", "--timeout=1h", "--name=long", "--env", f"WAITING={tmp_path / 'go'}", *QUICK)
     with launched(hub, tree, *waiting) as process:
         read_until(process, "now it waits")
         process.send_signal(signal.SIGINT)
@@ -328,7 +329,7 @@ def instant_sleep(folder):
 # The whole pipeline
 
 TINY = ("HF_BASE_ITERATIONS=6", "HF_MID_ITERATIONS=4", "SFT_STEPS=4", "RL_STEPS=2", "HF_RL_EXAMPLES_PER_STEP=8", "HF_RL_NUM_SAMPLES=4", "HF_RL_EVAL_EXAMPLES=16",
-        "HF_SYNC_MINUTES=1", "BASE_ARGS=--depth=2 --n-embd=64 --save-every=2 --eval-tokens=4096 --sample-every=-1 --compile=False",
+        "HF_SYNC_MINUTES=1", "EVAL_SOURCES=sft rl", "BASE_ARGS=--depth=2 --n-embd=64 --save-every=2 --eval-tokens=4096 --sample-every=-1 --compile=False",
         "MID_ARGS=--eval-tokens=4096 --compile=False", "SFT_ARGS=--eval-metrics-every=-1 --compile=False", "RL_ARGS=--preflight=-1")
 
 
@@ -354,7 +355,7 @@ def test_the_full_pipeline_survives_the_loss_of_its_machine_and_rl_starts_from_i
         for room, step in (("base", 6), ("mid", 4), ("chatsft", 4), ("chatrl", 2)):
             assert sorted(path.name for path in (kept / f"{room}_checkpoints/d4").iterdir()) == [f"meta_{step:06d}.json", f"model_{step:06d}.pt"]
         assert "rl" in (kept / "report/report.md").read_text(encoding="utf-8") and (kept / "report/report.html").stat().st_size > 10_000
-        assert len(list((kept / "eval").glob("*_AQUA_test.json"))) == 4
+        assert len(list((kept / "eval").glob("*_AQUA_test.json"))) == 2
 
         status = [one for one in TINY if one.startswith(("RL_STEPS", "HF_RL"))]
         with launched(hub, ROOT, "--script=bootstrap_and_train_rl.sh", "--flavor=cpu-basic", "--timeout=10h", "--name=rl", "--env", "SFT_REPO=me/whole", *status,
