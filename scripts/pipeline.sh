@@ -5,6 +5,7 @@ CHAIN="${CHAIN:-start}"
 
 choose_places() {
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+    NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~\//$HOME/}"  # .env is data: nobody has expanded its ~
     mkdir -p "$NANOCHAT_BASE_DIR/stages"
     if [ "${FRESH:-0}" = 1 ]; then
         rm -f "$NANOCHAT_BASE_DIR"/stages/*
