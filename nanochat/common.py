@@ -1,8 +1,9 @@
 """Facts about this process: its device, its rank, its number format, its folders, its environment.
 
-The only file that reads `os.environ` and the only one besides `optim.py` that calls collectives. It knows no model.
+The only file that reads `os.environ` and the only one besides `optim.py` and `sharding.py` that calls collectives. It knows no model.
 """
 import itertools
+import json
 import os
 import platform
 import sys
@@ -131,25 +132,36 @@ def compute_init(device_type="", dtype=""):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}: leave it empty for bfloat16 where the hardware has it")
     if not device_type:
         device_type = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device_type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("device_type='cuda', but torch sees 0 CUDA devices: use --device-type=cpu, or check the driver with nvidia-smi")
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"rank {rank} wants CUDA device {local_rank}, but there are {torch.cuda.device_count()}: "
-                             "start torchrun with --nproc_per_node no larger than the number of GPUs")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
-    else:
-        device = torch.device(device_type)
+    device, failure = None, None
+    try:
+        device = choose_device(device_type, rank, local_rank)
+    except ValueError as error:  # on this node alone, it may be: the others must not wait for it
+        if world_size == 1 or dist.is_initialized():
+            raise
+        failure = error
     if world_size > 1 and not dist.is_initialized():
         sys.excepthook = report_failure
         timeout = timedelta(seconds=collective_timeout())
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-        start, restarts = meet(store, rank, world_size, restarts)
+        start, restarts = meet(store, rank, world_size, next(meetings), restarts, failure)
         where = {"backend": "nccl", "device_id": device} if device_type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**where, store=dist.PrefixStore(start, store), rank=rank, world_size=world_size, timeout=timeout)
     return Compute(device, DTYPES[dtype] if dtype else native_dtype(device), rank, local_rank, world_size, restarts)
+
+
+def choose_device(device_type, rank, local_rank):
+    """-> torch.device, and on CUDA the process's own from now on. ValueError where there is none for this rank."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    if not torch.cuda.is_available():
+        raise ValueError("device_type='cuda', but torch sees 0 CUDA devices: use --device-type=cpu, or check the driver with nvidia-smi")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"rank {rank} wants CUDA device {local_rank}, but there are {torch.cuda.device_count()}: "
+                         "start torchrun with --nproc_per_node no larger than the number of GPUs")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32; speed comes from bfloat16
+    return device
 
 
 def collective_timeout():
@@ -164,29 +176,37 @@ def collective_timeout():
 meetings = itertools.count()  # of this process: a program may run several stages, each with a process group of its own
 
 
-def meet(store, rank, world_size, restarts):
-    """The ranks of one start of a job find each other -> (a name for this start, how often the job was started before).
+def meet(store, rank, world_size, number, restarts, failure=None):
+    """The ranks of one start of a job find each other, for the `number`-th time -> (a name for this start, how often the job was started before).
+    Where a rank brings a `failure`, all raise.
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone: a rank that is started again and reads them
     waits for the dead. And each node counts only its own failures. So rank 0 announces the start under a new name, the others greet with a
     new word each, and what counts is rank 0's answer to that word."""
-    word, number = uuid.uuid4().hex, next(meetings)
+    word, announced = uuid.uuid4().hex, f"start-{number}"
+    greeting = {"word": word, "restarts": restarts, "failure": failure and f"rank {rank} on {platform.node()} cannot start: {failure}"}
     if rank == 0:
-        restarts = max(restarts, store.add(f"starts-{number}", 1) - 1)
-        start = f"start-{word}"
-        store.set(f"start-{number}", start)
-        greetings = [store.get(f"{start}/{other}").decode().split() for other in range(1, world_size)]
-        restarts = max([restarts, *(int(count) for _, count in greetings)])
-        for greeting, _ in greetings:
-            store.set(f"{start}/{greeting}", str(restarts))
-        return start, restarts
-    while True:
-        start = store.get(f"start-{number}").decode()
-        store.set(f"{start}/{rank}", f"{word} {restarts}")
-        while store.get(f"start-{number}").decode() == start:
-            if store.check([f"{start}/{word}"]):
-                return start, int(store.get(f"{start}/{word}"))
+        greeting["restarts"] = max(restarts, store.add(f"{announced}-count", 1) - 1)
+        start = f"{announced}-{word}"
+        store.set(announced, start)
+        greetings = [greeting, *(json.loads(store.get(f"{start}/{other}")) for other in range(1, world_size))]
+        answer = {"restarts": max(one["restarts"] for one in greetings), "failures": [one["failure"] for one in greetings if one["failure"]]}
+        for one in greetings:
+            store.set(f"{start}/{one['word']}", json.dumps(answer))
+    else:
+        start = None
+        while start is None or not store.check([f"{start}/{word}"]):
+            newest = store.get(announced).decode()
+            if newest != start:
+                start = newest
+                store.set(f"{start}/{rank}", json.dumps(greeting))
             time.sleep(0.02)
+        answer = json.loads(store.get(f"{start}/{word}"))
+    if failure:
+        raise failure
+    if answer["failures"]:
+        raise ValueError("; ".join(answer["failures"]))
+    return start, answer["restarts"]
 
 
 def report_failure(kind, error, trace):

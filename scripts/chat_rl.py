@@ -43,6 +43,7 @@ class Config:
     step: int | None = None             # step of the parent checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
+    shard: str = "none"                 # none: each rank samples with the whole model; full is for the other stages
     seed: int = 42                      # seed of the order of problems and of every draw
     data_dir: str | None = None         # folder of the task's splits (None = where the task looks by itself)
     permute_options: bool = True        # multiple choice: options stand in another order at every visit, the right letters balanced; a group shares one

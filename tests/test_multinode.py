@@ -10,6 +10,9 @@ from tests.multinode import Job, program, two_nodes
 from tests.test_stages import checkpoint, equal, logged
 
 
+GRPO = {"num_steps": 2, "save_every": 1, "eval_every": -1}  # its two steps make eight updates
+
+
 @pytest.fixture(scope="module")
 def alone(prepared, tmp_path_factory):
     """stages -> a base directory in which one process ran them, under the tag d2; all of them or the first alone."""
@@ -22,7 +25,7 @@ def alone(prepared, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("NANOCHAT_BASE_DIR", str(made[stages]))
                 for stage in stages:
-                    pipeline.run_stage(stage, **{"num_steps": 1, "eval_every": -1} if stage == "grpo" else {})
+                    pipeline.run_stage(stage, **GRPO if stage == "grpo" else {})
         return made[stages]
 
     return run
@@ -54,7 +57,7 @@ def test_every_stage_on_two_nodes_is_that_stage_in_one_process(alone, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "base")
     from_parent = {"model_tag": "d2", "output_tag": "two"}
     runs = [(folder, "base", {"model_tag": "two"}), *((folder, stage, from_parent) for stage in ("mid", "sft", "rl")),
-            (folder, "grpo", {"model_tag": "d2", "output_tag": "two-g", "num_steps": 1, "eval_every": -1})]
+            (folder, "grpo", {"model_tag": "d2", "output_tag": "two-g", **GRPO})]
     with two_nodes() as nodes:
         job = Job(nodes, tmp_path, program(runs))
         assert job.wait() == [0, 0], job.output()
@@ -82,6 +85,51 @@ def test_a_job_restarted_after_a_killed_rank_ends_at_the_bits_of_one_that_never_
     assert (tmp_path / "died").exists()
     assert equal(checkpoint(folder, stage), checkpoint(never, stage))
     assert logged(folder, stage, "train/loss") == logged(never, stage, "train/loss")
+
+
+def forget(folder, stage, step, tag):
+    """As if a kill had come before this step was saved."""
+    for path in (folder / pipeline.FOLDERS[stage] / tag).glob(f"*_{step:06d}*"):
+        path.unlink()
+
+
+@pytest.mark.slow
+def test_the_number_of_ranks_may_change_in_the_middle_of_every_stage_divided_or_not(alone, tmp_path, monkeypatch):
+    """From one process to two ranks, and from two ranks to one process: both end where one process ends."""
+    whole, cases = alone(*pipeline.STAGES, "grpo"), {}
+    for stage, shard in (("sft", "none"), ("sft", "full"), ("base", "full"), ("mid", "full"), ("rl", "none"), ("grpo", "none")):
+        room, tag, last = ("rl", "g2", 2) if stage == "grpo" else (stage, "d2", 6)
+        folder = shutil.copytree(whole, tmp_path / f"{stage}-{shard}")
+        cases[folder] = stage, {"shard": shard, **(GRPO if stage == "grpo" else {})}, room, tag, last
+
+    def two_ranks(**changes):
+        job = Job(None, tmp_path, program([(folder, stage, {**knobs, **changes}) for folder, (stage, knobs, *_) in cases.items()]), per_node=2)
+        assert job.wait() == [0], job.output()
+        return job.output()
+
+    def check():
+        for folder, (_, _, room, tag, last) in cases.items():
+            same_run(folder, room, tag, whole, tag, last)
+
+    for folder, (_, _, *place) in cases.items():
+        room, tag, last = place
+        forget(folder, room, last, tag)
+    output = two_ranks(resume=True)
+    assert output.count("at step 4, saved by 1 ranks, on 2") == 5 and "resuming rl g2 at step 1, saved by 1 ranks, on 2" in output
+    check()
+    two_ranks(overwrite=True)
+    for folder, (stage, knobs, room, tag, last) in cases.items():
+        forget(folder, room, last, tag)
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        pipeline.run_stage(stage, resume=True, **knobs)
+    check()
+
+
+def test_reinforcement_learning_refuses_a_divided_model_and_says_why(monkeypatch, prepared):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared))
+    for stage in ("rl", "grpo"):
+        with pytest.raises(ValueError, match="shard='full': reinforcement learning needs the whole model on each rank"):
+            pipeline.run_stage(stage, shard="full")
 
 
 class single_node:
