@@ -46,7 +46,7 @@ times_ranks() { local turns=$(( ($1 + NPROC / 2) / NPROC )); echo $(( (turns > 0
 # it with its name as the last argument, to carry its results away; $STOP_AFTER names the stage that is the last one.
 stage() {
     local name=$1; shift
-    CHAIN=$(printf '%s\n' "$CHAIN" "$@" | sha256sum | cut -c1-16)
+    CHAIN=$(printf '%s\n' "$CHAIN" "$@" | grep -v '^--nproc_per_node=' | sha256sum | cut -c1-16)  # a resumed run may have another number of GPUs
     local stamp="$NANOCHAT_BASE_DIR/stages/$name"
     if [ -n "${START_AT:-}" ]; then  # run_aquarat_lite.sh begins in the middle
         if [ "$name" != "train-$START_AT" ]; then return; fi

@@ -150,6 +150,40 @@ def test_missing_system_packages_are_installed_and_nothing_else(bare, tmp_path):
     assert install()[::2] == (0, "")
 
 
+def test_term_is_passed_on_and_the_job_ends_with_the_status_of_what_it_ran(bare):
+    inner = 'trap "echo last words; exit 5" TERM; echo up; while :; do sleep 0.1; done'
+    process = subprocess.Popen(["bash", "-c", f"set -euo pipefail; source hf_jobs/common.sh; run bash -c '{inner}'"], cwd=bare, text=True, stdin=subprocess.DEVNULL,
+                               env={"PATH": os.environ["PATH"], "HOME": "/nowhere"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 5 and "last words" in output and "ended with status 5; start the same job again" in output
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_last_upload_that_fails_is_a_failure_and_hides_no_other(bare, tmp_path, status):
+    (tmp_path / "store").write_text(f"#!/bin/bash\necho \"$@\" >> {tmp_path}/asked; exit 1\n")
+    code, output = bash(bare, "-c", f"source hf_jobs/common.sh; STORE=(bash {tmp_path}/store) HF_SYNC_MINUTES=0; run bash -c 'exit {status}'", HF_OUTPUT_DIR="/kept")
+    assert code == (status or 1) and "the last upload failed" in output and (tmp_path / "asked").read_text() == "--push --after=the-end\n"
+
+
+def test_a_stage_runs_again_for_another_command_and_not_for_another_number_of_gpus(bare, tmp_path):
+    def run(*command, **variables):
+        words = " ".join(command)
+        return bash(bare, "-c", f"source scripts/bootstrap.sh; source scripts/pipeline.sh; mkdir -p $NANOCHAT_BASE_DIR/stages; stage one {words}; stage two echo ran two; echo end",
+                    NANOCHAT_BASE_DIR=str(tmp_path), **variables)
+    assert "skipped" not in run("echo", "--nproc_per_node=8", "a")[1]
+    assert run("echo", "--nproc_per_node=1", "a")[1].count("skipped") == 2
+    assert "skipped" not in run("echo", "--nproc_per_node=1", "b")[1]                       # what comes after depends on it
+    status, output = run("echo", "c", STOP_AFTER="one")
+    assert status == 0 and "ran two" not in output and "end" not in output.splitlines()
+    status, output = run("echo", "d", AFTER_STAGE="echo carried")
+    assert output.count("carried one") == output.count("carried two") == 1
+    status, output = run("echo", "e", AFTER_STAGE="false")
+    assert status == 1 and "stage one is done, but what is run after it failed" in output
+    assert "stage one failed" in run("false")[1]
+
+
 def test_no_script_hides_a_failure_or_carries_a_secret():
     """[J5] [J6] [J11]"""
     for path in sorted((ROOT / "hf_jobs").glob("*.sh")):

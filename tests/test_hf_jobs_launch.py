@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hf_jobs import launch
 from nanochat.cloud import hf_jobs
 from tests.fakes.hub_jobs import ENDED, ROOT, Driver, JobsHub
 
@@ -218,6 +219,25 @@ def test_ctrl_c_tells_how_to_cancel_or_cancels_and_a_second_job_with_the_same_re
     assert status == 3
     _, error, _ = hub.run(LAUNCH, "--cancel=only")
     assert "0 jobs of me are running" in error
+
+
+@pytest.mark.parametrize("answer, cancels", [("y", 1), ("", 0), (EOFError(), 0), (KeyboardInterrupt(), 0)])
+def test_in_a_terminal_ctrl_c_asks(monkeypatch, capsys, answer, cancels):
+    asked = []
+
+    def reply(question):
+        asked.append(question)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+    monkeypatch.setattr("builtins.input", reply)
+    monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(launch.sys.stdout, "isatty", lambda: True, raising=False)
+    calls = []
+    api = SimpleNamespace(cancel_job=lambda *, job_id, namespace: calls.append(job_id),
+                          inspect_job=lambda *, job_id, namespace: SimpleNamespace(status=SimpleNamespace(stage="CANCELED")))
+    assert launch.interrupted(api, launch.Config(), "me", "j1") == 130
+    assert len(asked) == 1 and calls == ["j1"] * cancels and ("goes on and bills" in capsys.readouterr().out) == (not cancels)
 
 
 def test_a_detached_job_is_left_alone_and_can_be_cancelled(hub, tree, tmp_path):
