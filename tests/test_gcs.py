@@ -32,7 +32,7 @@ def run_folder(tmp_path_factory):
         save_small("base", "tiny")
         save_small("rl", "tiny")
     for name, text in {"report/report.md": "# Report\n", "aqua/train.jsonl": "{}\n" * 50, "stages/train-rl.done": "x\n", "base_data/shard_00000.parquet": "x" * 500,
-                       "cloud/a/rental.json": "{}", "chat_history": "secret talk", "rl.log": "step 1\n", "identity_conversations.jsonl": "[]\n"}.items():
+                       "cloud/a/rental.json": "{}", "chat_history": "secret talk", "rl.log": "step 1\n", "runs/empty.jsonl": "", "identity_conversations.jsonl": "[]\n"}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
