@@ -51,14 +51,19 @@ def spec(name="synthetic", **changes):
 
 
 def small(tmp_path, name="run", model="tiny-gpt", **changes):
-    """The CPU twin, cut to a few steps: `sft__num_iterations=3` and the like change one value."""
+    """The CPU twin, cut to a few steps of naming one of two letters, which half of the first answers get right, so that RL has something to compare.
+    `sft__num_iterations=3` and the like change one value."""
+    coin = Path(tmp_path) / "coin.jsonl"
+    coin.parent.mkdir(parents=True, exist_ok=True)
+    coin.write_text("".join(json.dumps({"question": f"Case {i}", "answer": "xy"[i * i % 7 % 2]}) + "\n" for i in range(40)))
+    coins = (spec("custom_json", filepath=str(coin)),)
     config = config_of("01_debug_sft_rl_cpu")
-    few = {"sft__num_iterations": 4, "sft__target_examples_per_step": 8, "sft__batch_size": 2, "sft__eval_every": 4, "sft__eval_steps": 6, "sft__checkpoint_every": 2,
-           "sft__log_every": 1, "sft__embedding_lr": 0.003, "sft__adam_eps": 1e-5, "rl__adam_eps": 1e-5, "rl__num_iterations": 3, "rl__examples_per_step": 4, "rl__num_samples": 4,
-           "rl__batch_size": 5, "rl__max_new_tokens": 12, "rl__eval_every": 3, "rl__eval_examples": 6, "rl__save_every": 2, "rl__log_every": 1, "data__max_length": 64,
-           "output__save_dir": str(tmp_path), "output__experiment_name": name, "output__log_level": "debug", "model__name": model,
-           "data__sft_mixture": (spec(size=40),), "data__rl_mixture": (spec(size=40),), "data__sft_eval_mixture": (spec(split="validation", size=8),),
-           "data__rl_eval_mixture": (spec(split="validation", size=8),)}
+    few = {"sft__num_iterations": 12, "sft__target_examples_per_step": 16, "sft__batch_size": 2, "sft__eval_every": 6, "sft__eval_steps": 6, "sft__checkpoint_every": 8,
+           "sft__log_every": 1, "sft__embedding_lr": 0.007, "sft__unembedding_lr": 0.007, "sft__matrix_lr": 0.007, "sft__lr_decay_style": "constant", "sft__adam_eps": 1e-5,
+           "rl__adam_eps": 1e-5, "rl__num_iterations": 3, "rl__examples_per_step": 4, "rl__num_samples": 6, "rl__batch_size": 5, "rl__max_new_tokens": 6, "rl__eval_every": 3,
+           "rl__eval_examples": 6, "rl__save_every": 2, "rl__log_every": 1, "data__max_length": 64, "output__save_dir": str(tmp_path), "output__experiment_name": name,
+           "output__log_level": "debug", "model__name": model,
+           "data__sft_mixture": coins, "data__rl_mixture": coins, "data__sft_eval_mixture": coins, "data__rl_eval_mixture": coins}
     for key, value in {**few, **changes}.items():
         part, field = key.split("__")
         config = replace(config, **{part: replace(getattr(config, part), **{field: value})})
@@ -464,15 +469,16 @@ def assert_same(one, other, **tolerance):
 
 @pytest.mark.parametrize("model", ["tiny-gpt", "tiny-qwen2"])
 def test_a_run_that_is_killed_and_started_again_ends_as_if_it_had_never_stopped(model, tmp_path, monkeypatch):
-    straight = run(small(tmp_path, "straight", model, sft__num_iterations=3, rl__num_iterations=3), monkeypatch)
+    straight = run(small(tmp_path, "straight", model), monkeypatch)
     saved = weights_below(straight)
-    assert list(saved) == ["rl/step_000002", "rl/step_000003", "sft/step_000002", "sft/step_000003"]  # the last is always there
+    assert list(saved) == ["rl/step_000002", "rl/step_000003", "sft/step_000008", "sft/step_000012"]  # the last is always there
     # RL goes on from what SFT ended with
     config = load(straight / "config.json")
-    assert train.parent_of("rl", config, "start") == str(straight / "checkpoints" / "sft" / "step_000003")
+    assert train.parent_of("rl", config, "start") == str(straight / "checkpoints" / "sft" / "step_000012")
     # JSONL in any case
     lines = read_log(straight / "runs" / "rl_straight.jsonl")
     assert [line["step"] for line in lines if "rl/acc" in line] == [0, 1, 2] and all("eval/ci_low" in line for line in lines if "eval/accuracy" in line)
+    assert sum("train/loss" in line for line in lines) >= 2  # there was something to learn
     assert [line["step"] for line in lines if "rollouts" in line.get("text", {})] == [0, 1, 2]  # log_level debug
     assert set(json.loads((straight / "summary.json").read_text())) == {"sft", "rl"}
     # torn newest checkpoints, as after a kill in the middle of a stage: the run goes on from the ones before
@@ -517,7 +523,7 @@ def torchrun(config):
 
 @pytest.mark.parametrize("model, optimizer", [("tiny-qwen2", "adamw"), pytest.param("tiny-gpt", "adamw", marks=pytest.mark.slow), pytest.param("tiny-gpt", "muon", marks=pytest.mark.slow)])
 def test_two_ranks_that_share_the_model_end_where_one_does(model, optimizer, tmp_path, monkeypatch):
-    changes = {"sft__num_iterations": 3, "rl__num_iterations": 2, "sft__optimizer": optimizer, "rl__optimizer": optimizer, "sft__target_examples_per_step": 7}
+    changes = {"rl__num_iterations": 2, "sft__optimizer": optimizer, "rl__optimizer": optimizer, "sft__target_examples_per_step": 7, "sft__eval_every": -1}
     one = run(small(tmp_path, "one", model, **changes), monkeypatch)
     two = torchrun(small(tmp_path, "two", model, target__gpu_ranks=(0, 1), **changes))
     meta = json.loads((two / "checkpoints" / "rl" / "step_000002" / "meta.json").read_text())
@@ -525,7 +531,7 @@ def test_two_ranks_that_share_the_model_end_where_one_does(model, optimizer, tmp
     assert_same(weights_below(one), weights_below(two), atol=2e-4 if optimizer == "adamw" else 2e-3, rtol=0)
     for stage in ("sft", "rl"):
         losses = [[line["train/loss"] for line in read_log(folder / "runs" / f"{stage}_{folder.name}.jsonl") if "train/loss" in line] for folder in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) >= 2 - (stage == "rl")
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) >= 1
 
 
 def test_unjudged_answers_stop_a_run_before_sft_is_paid_for(tmp_path, monkeypatch):
@@ -557,7 +563,7 @@ def test_a_checkpoint_of_the_stages_can_be_the_start(tmp_path, monkeypatch):
 
 
 def test_a_torn_checkpoint_is_reported_and_passed_over(tmp_path, monkeypatch, capsys):
-    folder = run(small(tmp_path, output__mode="sft", sft__num_iterations=3, sft__eval_every=-1), monkeypatch)
+    folder = run(small(tmp_path, output__mode="sft", sft__num_iterations=3, sft__checkpoint_every=2, sft__eval_every=-1), monkeypatch)
     (folder / "checkpoints" / "sft" / "step_000003" / "model.pt").write_bytes(b"")
     (folder / "checkpoints" / "sft" / ".step_000009.partial").mkdir()
     found, meta = checkpoints.newest("sft")

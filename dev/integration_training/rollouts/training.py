@@ -138,6 +138,7 @@ def policy_gradient(backend, batches, objective, config, compute):
     tokens, rollouts = compute.sum(mine).tolist()
     if not tokens:
         return 0.0, 0, 0.0
+    fillers = max(compute.gather_objects(len(batches))) - len(batches)  # asked before the passes, whose collectives must meet their like
     divisor, total, difference = denominator(objective.algorithm, tokens, rollouts, objective.max_new_tokens), 0.0, 0.0
     for batch in batches:
         logprobs = backend.policy(batch.inputs, batch.targets, None, None, objective.temperature, objective.top_k)
@@ -145,7 +146,7 @@ def policy_gradient(backend, batches, objective, config, compute):
         (loss * compute.world_size).backward()          # FSDP averages over ranks
         total += loss.item()
         difference += float((logprobs.detach() - batch.sampler_logprobs).abs().sum())
-    for _ in range(max(compute.gather_objects(len(batches))) - len(batches)):
+    for _ in range(fillers):
         filler = empty_batch(config.data.max_length, backend.sampling.tokenizer.bos_id, compute.device)
         logprobs_of(backend, filler).sum().backward()
     return float(compute.sum(total)), tokens, float(compute.sum(difference)) / tokens
