@@ -304,6 +304,21 @@ def test_markdown_and_maths_are_drawn(visit, monkeypatch):
     assert said.locator("msup").bounding_box()["height"] > 5 and "4*7*2=56" in said.inner_text()
 
 
+def test_a_tool_call_is_shown_as_code_and_goes_back_as_a_call(visit, server, monkeypatch):
+    parts = [{"type": "text", "text": "Each costs "}, {"type": "python", "text": "12/60"}, {"type": "python_output", "text": "0.2"}, {"type": "text", "text": "0.2 dollars."}]
+    answers_say(monkeypatch, "Each costs 0.2 dollars.")
+    monkeypatch.setattr(driver, "message_parts", lambda *_: parts)
+    page = visit(max_tokens=8)
+    send(page, "cups")
+    settle(page)
+    expect(page.locator(".said code")).to_have_text(["12/60", "0.2"])
+    assert page.locator(".said").inner_text() == "Each costs 12/60 → 0.2 0.2 dollars."
+    with page.expect_request("**/v1/chat/completions") as asked:
+        send(page, "boxes")
+    assert asked.value.post_data_json["messages"][1] == {"role": "assistant", "content": parts}
+    settle(page, 2)
+
+
 def test_models_answer_side_by_side_and_one_more_can_be_asked(visit, server):
     page = visit(max_tokens=8)
     for name in ("base/d2", "mid/d2"):
@@ -325,7 +340,12 @@ def test_models_answer_side_by_side_and_one_more_can_be_asked(visit, server):
 @pytest.mark.parametrize("width", [360, 1100])
 def test_an_aqua_problem_shows_its_letters_and_its_attention(visit, server, width):
     page = visit(max_tokens=4, viewport={"width": width, "height": 740})
-    page.get_by_role("button", name="AQuA", exact=True).click()
+    if width == 360:
+        page.get_by_role("button", name="Try a maths problem").click()
+        expect(page.get_by_label("Message", exact=True)).not_to_have_value("")
+    else:
+        page.get_by_role("button", name="AQuA", exact=True).click()
+    expect(page.get_by_role("button", name="AQuA", exact=True)).to_have_attribute("aria-pressed", "true")
     page.get_by_label("or number").fill("2")
     page.get_by_role("button", name="Draw a problem").click()
     expect(page.get_by_text("Problem 2 of 10")).to_be_visible()
@@ -346,6 +366,8 @@ def test_an_aqua_problem_shows_its_letters_and_its_attention(visit, server, widt
     expect(page.locator(".look .told").first).to_contain_text("looks at")
     colors = "canvas => new Set(new Uint32Array(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"
     assert canvas.evaluate(colors) > 20
+    assert page.locator(".rows").bounding_box()["x"] == pytest.approx(page.locator(".scroll").bounding_box()["x"] + 1, abs=1), "the rows' names stay in view"
+    expect(page.locator(".rows .at")).to_have_count(1)
     page.locator("[name=layer]").select_option("0")
     page.locator("[name=head]").select_option("1")
     expect(page.locator("[name=head]")).to_have_value("1")
