@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.common import print0
 from nanochat.flash_attention import attend
 from nanochat.vocab_loss import capped, entropies, summed_loss, target_logprobs
 
@@ -166,10 +165,12 @@ class GPT(nn.Module):
 
     def compile_for_training(self):
         """Fuse the blocks and the loss with torch.compile. Cached decoding stays eager: its shapes change at every step."""
-        if self.is_divided:
-            print0("compile is off: with shard=full weights come and go between the blocks, where a fused graph cannot be cut")
-            return
         self.compiled = True
+        if self.is_divided:  # each block alone, its weights come and go around it; one graph serves them all
+            for block in self.transformer.h:
+                block.forward = torch.compile(block.forward, dynamic=False)
+            self.fused_blocks = self.run_blocks
+            return
         self.fused_blocks = torch.compile(self.run_blocks, dynamic=False)
 
     def run_blocks(self, x, cos, sin, kv_cache=None, mask=None):

@@ -9,7 +9,7 @@ from nanochat.common import Compute
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.sharding import place
 from tests import pipeline
-from tests.multinode import Job
+from tests.multinode import Job, program
 from tests.test_multinode import same_run
 from tests.test_stages import checkpoint, equal, logged
 
@@ -59,6 +59,15 @@ def test_a_run_may_go_from_divided_to_whole_and_back_and_ends_at_the_same_bits(r
         ends += [torch.load(folder / "base_checkpoints" / tag / "kept.pt", weights_only=True), checkpoint(folder, "base", tag=tag)]
         assert logged(folder, "base", "train/loss", tag) == logged(folder, "base", "train/loss", "full")
     assert all(equal(ends[0], end) for end in ends[1:])
+
+
+@pytest.mark.slow
+def test_a_divided_model_can_be_compiled(ran, tmp_path):
+    """Block by block: base again, and the curve of the eager run to 1e-4."""
+    folder = ran[1]
+    job = Job(None, tmp_path, program([(folder, "base", {"model_tag": "fused", "shard": "full", "compile": True})]), per_node=2)
+    assert job.wait() == [0], job.output()
+    same_run(folder, "base", "fused", folder)
 
 
 def test_one_process_has_nobody_to_share_with_and_an_unknown_way_is_refused(capsys):
