@@ -140,8 +140,8 @@ def find_model_tag(stage):
 def load_model(stage, device="cpu", phase="eval", model_tag=None, step=None, dtype="", shard="none"):
     """-> (model, tokenizer, meta): the model of the newest whole checkpoint (or of `step`), in eval or train mode.
 
-    `device` is a Compute, a torch.device or a name; `shard` divides the model over the ranks of a Compute. `model_tag` None = the one saved last. ValueError where nothing whole is found
-    or where the tokenizer on disk is not the one the model was trained with.
+    `device` is a Compute, a torch.device or a name; `shard` divides the model over the ranks of a Compute. `model_tag` None = the one
+    saved last. ValueError where nothing whole is found or where the tokenizer on disk is not the one the model was trained with.
     """
     if phase not in ("eval", "train"):
         raise ValueError(f"phase={phase!r} is neither 'eval' nor 'train'")

@@ -166,6 +166,14 @@ def test_a_process_that_torchrun_restarted_resumes_whatever_its_flags_say(run):
     assert state.step == 1 and torch.equal(weights(model), weights(run.model))
 
 
+def test_nodes_that_do_not_share_their_base_directory_are_told_so_instead_of_beginning_anew(run, monkeypatch):
+    run.save(4)
+    monkeypatch.setattr(Compute, "gather_objects", lambda self, value: [value, -1])  # rank 1 stands on a node that sees no checkpoint
+    with pytest.raises(ValueError, match="rank 0 finds base checkpoint 4 in .*, rank 1 -1 .*: all nodes must share one NANOCHAT_BASE_DIR"):
+        start_again()
+    assert manager.saved_steps(run.folder) == [4]
+
+
 def test_a_foreign_meta_file_is_said_to_be_foreign(run):
     run.folder.mkdir(parents=True)
     write_atomic(run.folder / "meta_000005.json", json.dumps({"step": 5}))

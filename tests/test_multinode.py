@@ -1,6 +1,7 @@
 """Two nodes are one process; a job that lost a rank goes on from its newest whole checkpoint and ends at the same bits, or ends at once and says why."""
 import shutil
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_a_job_restarted_after_a_killed_rank_ends_at_the_bits_of_one_that_never_
         assert set(job.wait()) == {0}, job.output()
         return job.output()
 
-    with two_nodes() if nodes == 2 else single_node() as places:
+    with two_nodes() if nodes == 2 else nullcontext() as places:
         assert "resuming" not in run(never, None, places)
         assert f"resuming {stage} d2 at step 4" in run(folder, death, places)
     assert (tmp_path / "died").exists()
@@ -132,22 +133,14 @@ def test_reinforcement_learning_refuses_a_divided_model_and_says_why(monkeypatch
             pipeline.run_stage(stage, shard="full")
 
 
-class single_node:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *error):
-        pass
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how, reason", [("kill", "Signal 9 (SIGKILL)"), ("exit", "exitcode  : 3"), ("error", "rank 1 of 2 on"), ("hang", "rank 0 of 2 on")])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_rank_that_dies_ends_the_job_and_the_console_says_why(prepared, tmp_path, nodes, how, reason, record_property):
+def test_a_rank_that_dies_ends_the_job_and_the_console_says_why(prepared, tmp_path, nodes, how, reason):
     """A rank that hangs is given up after NANOCHAT_TIMEOUT seconds; all others at once."""
     folder = shutil.copytree(prepared, tmp_path / "base")
     death = {"how": how, "rank": 1, "step": 2, "marker": str(tmp_path / "died")}
-    with two_nodes() if nodes == 2 else single_node() as places:
+    with two_nodes() if nodes == 2 else nullcontext() as places:
         job = Job(places, tmp_path, program([(folder, "base", {})], death), per_node=3 - nodes, environment={"NANOCHAT_TIMEOUT": "8"} if how == "hang" else None)
         codes = job.wait()
         seconds = time.time() - float((tmp_path / "died").read_text())
