@@ -294,9 +294,10 @@ def test_bad_conversations_name_the_message(tokenizer, messages, message):
                                      st.sampled_from(["messages", "role", "content", "type", "text"]), inner | st.sampled_from(["user", "assistant"]), max_size=4)))
 def test_rubbish_is_rendered_or_refused_by_a_value_error(tokenizer, conversation):
     try:
-        tokenizer.render_conversation(conversation)
+        ids, mask = tokenizer.render_conversation(conversation)
     except ValueError:
-        pass
+        return
+    assert len(ids) == len(mask) and set(mask) <= {0, 1}
 
 
 def test_what_has_no_end_to_drop_or_no_question_is_refused(tokenizer):
