@@ -146,14 +146,9 @@ install_system_packages() {
 
 # a wrong flag in BASE_ARGS, MID_ARGS, SFT_ARGS, RL_ARGS ends the job now and not hours later, when its stage begins
 check_arguments() {
-    local pair arguments
-    for pair in base_train:BASE_ARGS mid_train:MID_ARGS chat_sft:SFT_ARGS chat_rl:RL_ARGS; do
-        arguments="${pair#*:}"
-        if [ -z "${!arguments:-}" ]; then continue; fi
-        # shellcheck disable=SC2086
-        python -c 'import importlib, sys; from nanochat.configurator import parse; parse(importlib.import_module(sys.argv[1]).Config, sys.argv[2:])' \
-            "scripts.${pair%%:*}" ${!arguments} >/dev/null || die "$arguments=${!arguments} has a flag or value that scripts/${pair%%:*}.py does not take: see the line above"
-    done
+    if [ -z "${BASE_ARGS:-}${MID_ARGS:-}${SFT_ARGS:-}${RL_ARGS:-}" ]; then return; fi
+    python -c 'import sys; from hf_jobs.launch import check_arguments; check_arguments(dict(zip(sys.argv[1::2], sys.argv[2::2])))' \
+        BASE_ARGS "${BASE_ARGS:-}" MID_ARGS "${MID_ARGS:-}" SFT_ARGS "${SFT_ARGS:-}" RL_ARGS "${RL_ARGS:-}" || die "stage check failed: the line above says which flag is wrong"
 }
 
 # flag NAME KNOB: " --NAME=value" where the knob has a value

@@ -9,6 +9,7 @@ The working tree, or --commit, goes to a private repository from which the job t
 --bucket after every stage. The same --name starts a job that goes on from them. Ends with 0 for a completed job, 1 for a failed one, 3 for one that was
 canceled, 130 when the watching was interrupted.
 """
+import importlib
 import re
 import signal
 import sys
@@ -99,9 +100,7 @@ def launch(api, config, namespace):
     place = f"bucket {config.bucket}/{name}" if config.bucket else variables["HF_OUTPUT_REPO"]
     if not config.name:
         say(f"its name is {name}; start the same with --name={name} to go on from its results")
-    for arguments, stage in STAGE_ARGUMENTS.items():
-        if arguments in variables:
-            check_arguments(arguments, variables[arguments], stage)
+    check_arguments(variables)
     hf_jobs.check_knobs(config.script, variables, secrets, flavor.gpus)
     with nullcontext() if config.repo_url else tempfile.TemporaryDirectory() as folder:
         code = None
@@ -175,13 +174,14 @@ def gather(api, config):
     return variables, secrets
 
 
-def check_arguments(knob, arguments, stage):
-    """A stage's further flags, against its Config: what is wrong with them ends this with status 2 and in words."""
-    import importlib
-    try:
-        parse(importlib.import_module(f"scripts.{stage}").Config, arguments.split())
-    except SystemExit as error:
-        raise ValueError(f"{knob}={arguments!r} has a flag or value that scripts/{stage}.py does not take: see above") from error
+def check_arguments(variables):
+    """The stages' further flags, BASE_ARGS and its kin, against the stages' Configs: a wrong one is told now and not hours later, when its stage begins."""
+    for knob, stage in STAGE_ARGUMENTS.items():
+        if variables.get(knob, "").strip():
+            try:
+                parse(importlib.import_module(f"scripts.{stage}").Config, variables[knob].split())
+            except SystemExit as error:
+                raise ValueError(f"{knob}={variables[knob]!r} has a flag or value that scripts/{stage}.py does not take: see above") from error
 
 
 def refuse_a_second_one(api, config, namespace, variables, place):
