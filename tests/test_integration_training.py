@@ -64,10 +64,11 @@ def small(tmp_path, name="run", model="tiny-gpt", **changes):
            "rl__eval_examples": 6, "rl__save_every": 2, "rl__log_every": 1, "data__max_length": 64, "output__save_dir": str(tmp_path), "output__experiment_name": name,
            "output__log_level": "debug", "model__name": model,
            "data__sft_mixture": coins, "data__rl_mixture": coins, "data__sft_eval_mixture": coins, "data__rl_eval_mixture": coins}
+    parts = {}
     for key, value in {**few, **changes}.items():
         part, field = key.split("__")
-        config = replace(config, **{part: replace(getattr(config, part), **{field: value})})
-    return config
+        parts.setdefault(part, {})[field] = value
+    return replace(config, **{part: replace(getattr(config, part), **values) for part, values in parts.items()})
 
 
 def run(config, monkeypatch):
@@ -79,7 +80,7 @@ def run(config, monkeypatch):
     return folder
 
 
-def policy_at(folder, model, max_length=64, seed=1):
+def policy_at(folder, model, max_length=160, seed=1):
     make_tiny(model, TEXTS, max_length, seed, folder)
     policy = open_policy(str(folder), torch.float32, COMPUTE, max_length)
     generator = torch.Generator().manual_seed(seed)
@@ -306,8 +307,8 @@ def conversations(count=9):
 
 
 def test_packed_conversations_do_not_see_each_other(policy):
-    rendered = [policy.tokenizer.render_conversation(conversation, 64) for conversation in conversations()]
-    batches = pack(rendered, 2, 64, policy.tokenizer.bos_id, COMPUTE.device)
+    rendered = [policy.tokenizer.render_conversation(conversation, 160) for conversation in conversations()]
+    batches = pack(rendered, 2, 160, policy.tokenizer.bos_id, COMPUTE.device)
     assert sum(int(row.max()) for batch in batches for row in batch.documents) == len(rendered) and sum(len(batch.inputs) for batch in batches) < len(rendered)
     alone = {tuple(ids[:-1]): policy.logits(torch.tensor([ids[:-1]]))[0] for ids, _ in rendered}
     seen = 0
@@ -323,8 +324,8 @@ def test_packed_conversations_do_not_see_each_other(policy):
 
 
 def test_without_their_numbers_packed_conversations_would_see_each_other(policy):
-    rendered = [policy.tokenizer.render_conversation(conversation, 64) for conversation in conversations()]
-    batch = pack(rendered, 8, 64, policy.tokenizer.bos_id, COMPUTE.device)[0]
+    rendered = [policy.tokenizer.render_conversation(conversation, 160) for conversation in conversations()]
+    batch = pack(rendered, 8, 160, policy.tokenizer.bos_id, COMPUTE.device)[0]
     with torch.no_grad():
         difference = (policy.logits(batch.inputs, batch.documents, batch.positions) - policy.logits(batch.inputs)).abs().amax(dim=-1)
     assert float(difference[batch.documents > 1].min()) > 1e-4 > float(difference[batch.documents == 1].max())
@@ -496,6 +497,7 @@ def test_a_run_that_is_killed_and_started_again_ends_as_if_it_had_never_stopped(
     assert same == [{key: value for key, value in line.items() if not key.startswith("time") and "tok_per" not in key} for line in again if "rl/acc" in line]
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_resumes_to_the_same_bits(tmp_path, monkeypatch):
     many = {"sft__num_iterations": 40, "sft__checkpoint_every": 5, "sft__eval_every": -1, "output__mode": "sft"}
     straight = run(small(tmp_path, "straight", **many), monkeypatch)
@@ -592,6 +594,9 @@ def test_the_gpus_of_the_configuration_become_cuda_visible_devices(tmp_path):
     assert "--nproc-per-node=2" in command
     shown = subprocess.run([*command[:command.index(sys.executable)], sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"], capture_output=True, text=True)
     assert shown.stdout == "2,5\n"
+    assert not any(part.startswith("WANDB") for part in command)
+    watched = replace(config, output=replace(config.output, use_wandb=True, wandb_project="mine"))
+    assert "WANDB_PROJECT=mine" in deploy.command(watched, deploy.results_folder(config))  # run_logger starts W&B, and reads this
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="nvidia-smi shows 0 GPUs here.*01_debug_sft_rl_cpu"):
             deploy.check_devices(config)
@@ -635,6 +640,14 @@ def test_a_gpu_in_use_over_there_is_left_alone():
         check_gpus(listing, (0, 1))
     with pytest.raises(ValueError, match="has the 3 GPUs"):
         check_gpus(listing, (3,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-gpt", "tiny-qwen2"])
+def test_compiled_blocks_train_to_the_same_weights(model, tmp_path, monkeypatch):
+    changes = {"sft__num_iterations": 3, "sft__checkpoint_every": -1, "rl__num_iterations": 1, "rl__save_every": -1}
+    one, other = (run(small(tmp_path, f"run{compiled}", model, model__compile=compiled, **changes), monkeypatch) for compiled in (False, True))
+    assert_same(weights_below(one), weights_below(other), atol=2e-4, rtol=0)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ config = Config(
             part("openai/gsm8k", "main", "train", None),                # 7.5K
             part("HuggingFaceTB/smol-smoltalk", None, "train", 10_000),
             part("SimpleSpelling", None, "train", 600, size=600),
+            DatasetSpec(name="custom_json", split="train", subset=None, max_samples=1000, filepath="~/.cache/nanochat/identity_conversations.jsonl", size=None, repeat=1),
         ),
         sft_eval_mixture=(part("deepmind/aqua_rat", "raw", "validation", None),),
         rl_mixture=(part("deepmind/aqua_rat", "raw", "train", None),),

@@ -154,8 +154,9 @@ def last_line(text):
 def conversation_of(row):
     """A row -> its conversation, or why it is left out."""
     if "messages" in row or "conversations" in row:
-        messages = row.get("messages") or [{"role": ROLES.get(turn.get("from") or turn.get("role"), "?"), "content": turn.get("value") or turn.get("content")}
-                                           for turn in row.get("conversations") or () if isinstance(turn, dict)]
+        turns = row.get("conversations") if isinstance(row.get("conversations"), list) else []
+        messages = row.get("messages") or [{"role": ROLES.get(str(turn.get("from") or turn.get("role"))), "content": turn.get("value") or turn.get("content")}
+                                           for turn in turns if isinstance(turn, dict)]
         reason = check_messages(messages)
         return reason or {"messages": messages, "judged": None}
     if "options" in row and "correct" in row:
@@ -179,11 +180,12 @@ def conversation_of(row):
 def multiple_choice(row):
     """ARC's {choices: {text, label}, answerKey} and MMLU's {choices: [...], answer: 0}."""
     choices, key = row["choices"], row.get("answerKey", row.get("answer"))
-    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (choices, list(range(len(choices))))
-    if not texts or not isinstance(row["question"], str) or key not in labels or not 2 <= len(texts) <= len(MAX_LETTERS):
+    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (choices, list(range(len(MAX_LETTERS))))
+    are_lists = isinstance(texts, list) and isinstance(labels, list)
+    if not are_lists or not isinstance(row["question"], str) or key not in labels[:len(texts)] or not 2 <= len(texts) <= len(MAX_LETTERS):
         return f"no question with 2 to {len(MAX_LETTERS)} choices and a key among their labels"
     letters = list(MAX_LETTERS[:len(texts)])
-    letter = letters[list(labels).index(key)]
+    letter = letters[labels.index(key)]
     prompt = render_choices(row["question"].strip(), letters, [" ".join(str(text).split()) for text in texts])
     return {"messages": [{"role": "user", "content": f"{prompt}\n{PROMPT_END}"}, {"role": "assistant", "content": f"Answer: {letter}"}],
             "letters": letters, "answer_letter": letter, "judged": "letter"}
