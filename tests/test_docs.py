@@ -18,7 +18,7 @@ MARKDOWN = sorted({*ROOT.glob("*.md"), *(path for room in ("docs", "dev", "hf_jo
 SHELL = sorted({*ROOT.glob("*.sh"), *(path for room in ("scripts", "dev", "hf_jobs", "slurm") for path in (ROOT / room).rglob("*.sh"))})
 ALWAYS = {"--help", "-h", "--config"}
 # flags in our texts that belong to other programs
-EXTERNAL = {"--standalone", "--nproc_per_node", "--nnodes", "--extra", "--inexact", "--all-extras", "--flavor", "--timeout", "--secrets", "--secrets-file", "--volume", "--detach",
+EXTERNAL = {"--standalone", "--nproc_per_node", "--nnodes", "--local-addr", "--max-restarts", "--rdzv-conf", "--extra", "--inexact", "--all-extras", "--flavor", "--timeout", "--secrets", "--secrets-file", "--volume", "--detach",
             "--release", "--quiet", "--no-dev", "--locked", "--from", "--export", "--dependency", "--gres", "--partition", "--nodelist", "--array", "--job-name", "--time"}
 NAME = r"-{1,2}[A-Za-z][\w-]*"
 # what starts one of our scripts, and the arguments behind it up to where the shell's command ends
