@@ -157,6 +157,7 @@ for mode in ("nonsense", None, "offline", "disabled"):
     os.environ |= {"WANDB_MODE": mode} if mode else {}
     print("mode", mode)
     logger = RunLogger("sft", Config(), Compute(torch.device("cpu"), torch.float32))
+    print("project", logger.wandb and logger.wandb.project)
     logger.log(0, {"train/loss": 1.0})
     logger.log_text(0, "samples", [{"prompt": "1+1", "reward": 1.0}])
     logger.close()
@@ -165,11 +166,12 @@ for mode in ("nonsense", None, "offline", "disabled"):
 
 def test_wandb_without_a_key_or_by_wish_runs_offline_and_never_stops_a_run(base):
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    run = subprocess.run([sys.executable, "-c", FOUR_RUNS], cwd=ROOT, env={**env, "HOME": str(base / "home"), "OMP_NUM_THREADS": "1"},
+    run = subprocess.run([sys.executable, "-c", FOUR_RUNS], cwd=ROOT, env={**env, "HOME": str(base / "home"), "OMP_NUM_THREADS": "1", "WANDB_PROJECT": "of-mine"},
                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
     assert run.returncode == 0, run.stderr
     nonsense, no_key, offline, disabled = run.stdout.split("mode ")[1:]
     assert "goes on without W&B" in nonsense
     assert no_key.count("W&B:") == 1 and "there is no API key" in no_key and "recorded offline" in no_key
     assert "W&B" not in offline + disabled
+    assert "project of-mine" in no_key and "project of-mine" in offline
     assert len(list((base / "wandb").glob("offline-run-*"))) == 2
