@@ -452,10 +452,14 @@ def test_a_rollout_is_compared_with_its_own_group_and_a_group_of_equals_teaches_
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
+def checkpoints_of(folder):
+    return sorted(folder.glob("checkpoints/*/step_*"))
+
+
 def weights_below(folder):
     """{stage/step: {name: tensor}} of all checkpoints."""
     found = {}
-    for path in sorted(folder.glob("checkpoints/*/step_*")):
+    for path in checkpoints_of(folder):
         policy = open_policy(str(path), torch.float32, COMPUTE, 64)
         found[f"{path.parent.name}/{path.name}"] = {name: weight.detach() for name, weight in policy.named_parameters()}
     return found
@@ -523,17 +527,19 @@ def torchrun(config):
     return folder
 
 
-@pytest.mark.parametrize("model, optimizer", [("tiny-qwen2", "adamw"), pytest.param("tiny-gpt", "adamw", marks=pytest.mark.slow), pytest.param("tiny-gpt", "muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model, optimizer", [("tiny-gpt", "adamw"), pytest.param("tiny-qwen2", "adamw", marks=pytest.mark.slow), pytest.param("tiny-gpt", "muon", marks=pytest.mark.slow)])
 def test_two_ranks_that_share_the_model_end_where_one_does(model, optimizer, tmp_path, monkeypatch):
     changes = {"rl__num_iterations": 2, "sft__optimizer": optimizer, "rl__optimizer": optimizer, "sft__target_examples_per_step": 7, "sft__eval_every": -1}
+    if optimizer == "muon":                             # it orthogonalizes in bfloat16, whose rounding differs from shard to shard: few steps, then compare
+        changes |= {"output__mode": "sft", "sft__num_iterations": 3, "sft__checkpoint_every": -1}
     one = run(small(tmp_path, "one", model, **changes), monkeypatch)
     two = torchrun(small(tmp_path, "two", model, target__gpu_ranks=(0, 1), **changes))
-    meta = json.loads((two / "checkpoints" / "rl" / "step_000002" / "meta.json").read_text())
+    meta = json.loads((checkpoints_of(two)[-1] / "meta.json").read_text())
     assert meta["world_size"] == 2 and meta["finished"]
     assert_same(weights_below(one), weights_below(two), atol=2e-4 if optimizer == "adamw" else 2e-3, rtol=0)
-    for stage in ("sft", "rl"):
+    for stage in json.loads((one / "summary.json").read_text()):
         losses = [[line["train/loss"] for line in read_log(folder / "runs" / f"{stage}_{folder.name}.jsonl") if "train/loss" in line] for folder in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) >= 1
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4 if optimizer == "adamw" else 1e-2) and len(losses[0]) >= 1
 
 
 def test_unjudged_answers_stop_a_run_before_sft_is_paid_for(tmp_path, monkeypatch):

@@ -189,4 +189,4 @@ def make_tiny(name, texts, max_length, seed, folder):
 
 def frozen_copy(policy, dtype):
     """The same policy with weights of its own in the activations' dtype, for sampling while the original is sharded or compiled."""
-    return cast_weights(copy.deepcopy(policy), dtype)
+    return cast_weights(copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}), dtype)
