@@ -209,13 +209,15 @@ def letters_plot(evals):
 # -- reinforcement learning: what became of the policy --------------------------------------------------------------------
 
 def telemetry(runs):
-    """KL to the reference, letter margin, entropy, the letters chosen and the groups that taught nothing, for every RL run."""
+    """Held-out accuracy, KL to the reference, letter margin, entropy, the letters chosen and the groups that taught nothing, for every RL run."""
     runs = [run for run in runs if series(run, "rl/kl_sequence_mean")[0] or series(run, "frac_reward_zero_std")[0]]
     return "<h2>What RL does to the policy</h2>" + "".join(telemetry_plot(run) for run in runs) if runs else ""
 
 
 def telemetry_plot(run):
-    panels = [("KL to the start, nats: sequence (full), letter (dashed)", ("rl/kl_sequence_mean", "rl/kl_letter_mean")),
+    at_k = max({name for record in run["records"] for name in record if name.startswith("eval/pass@")}, key=lambda name: int(name.partition("@")[2]), default=None)
+    panels = [("accuracy on held-out problems" + (f", {at_k[5:]} dashed" if at_k else ""), ("eval/accuracy", at_k) if at_k else ("eval/accuracy",)),
+              ("KL to the start, nats: sequence (full), letter (dashed)", ("rl/kl_sequence_mean", "rl/kl_letter_mean")),
               ("letter margin, logits", ("rl/letter_margin_mean",)), ("entropy, nats per token", ("entropy",)),
               ("share of groups that teach nothing", ("frac_reward_zero_std",))]
     panels = [(words, names) for words, names in panels if any(series(run, name)[0] for name in names)]
@@ -227,6 +229,8 @@ def telemetry_plot(run):
             steps, values = series(run, name)
             if steps:
                 ax.plot(steps, running_mean(values) if len(values) > 60 else values, style, color=color("rl"), linewidth=1.8)
+        if names[0] == "eval/accuracy" and series(run, "eval/ci_low")[0] == series(run, "eval/accuracy")[0] == series(run, "eval/ci_high")[0]:
+            ax.fill_between(series(run, "eval/accuracy")[0], series(run, "eval/ci_low")[1], series(run, "eval/ci_high")[1], color=color("rl"), alpha=0.13, linewidth=0)
         ax.set_ylim(bottom=0)
         ax.set_title(words, fontsize=9, color=INK, loc="left", pad=8)
         finish_steps(ax)
@@ -236,7 +240,7 @@ def telemetry_plot(run):
         ax.set_visible(False)
     return plot(drawing, f"telemetry-{run['model_tag']}", f"{run['model_tag']} over optimizer steps",
                 "KL is exact over the vocabulary, summed over a completion; letter KL and margin are taken at the token behind “Answer:”. "
-                "Both KLs are 0 at step 0, when the policy is its reference.")
+                "Both KLs are 0 at step 0, when the policy is its reference. The band around the accuracy is its 95 % interval.")
 
 
 def draw_letter_shares(ax, run, letters):

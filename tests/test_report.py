@@ -237,7 +237,8 @@ def test_accuracy_by_length_is_that_of_fifths_and_rl_telemetry_is_drawn(base):
     rows = write_answers(base)
     points = fifths({"answers": rows})
     assert [x for x, *_ in points] == [35, 85, 136, 187, 238] and all(0.6 < accuracy < 0.7 and low < accuracy < high for _, accuracy, low, high in points)
-    log_run("rl", 30, lambda step: {"rl/kl_sequence_mean": step / 10, "frac_reward_zero_std": 0.3, "rl/letter_pred_counts/A": step, "rl/letter_pred_counts/B": 30 - step})
+    evaluated = {"eval/accuracy": 0.4, "eval/ci_low": 0.3, "eval/ci_high": 0.5, "eval/pass@2": 0.5, "eval/pass@16": 0.9}
+    log_run("rl", 30, lambda step: {**(evaluated if step % 10 == 0 else {}), "rl/kl_sequence_mean": step / 10, "frac_reward_zero_std": 0.3, "rl/letter_pred_counts/A": step, "rl/letter_pred_counts/B": 30 - step})
     report.main("generate", Config())
     page = (base / "report" / "report.html").read_text()
-    assert all(words in page for words in ("Accuracy by level", "Accuracy by length of the answer", "What RL does to the policy", "letters answered"))
+    assert all(words in page for words in ("Accuracy by level", "Accuracy by length of the answer", "What RL does to the policy", "letters answered", "accuracy on held-out problems, pass@16 dashed"))
