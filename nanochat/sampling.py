@@ -6,6 +6,7 @@ which order, so a completion is the same however the work was cut.
 import numpy as np
 import torch
 
+GREEDY = 1e-6  # temperatures below it are: dividing by them would leave what float32 can hold
 BLOCK = 256  # two-level search: sums of blocks first, then inside one block
 
 
@@ -76,7 +77,7 @@ class Sampler:
         self.n, kinds = len(settings), {}
         for row, (temperature, top_k, top_p) in enumerate(settings):
             is_nucleus = top_p is not None and top_p < 1
-            kind = "greedy" if temperature == 0 else "top_k" if top_k is not None else "nucleus" if is_nucleus else "full"
+            kind = "greedy" if temperature < GREEDY else "top_k" if top_k is not None else "nucleus" if is_nucleus else "full"
             kinds.setdefault(kind, []).append(row)
         self.parts = [Part(kind, rows if len(rows) < self.n else None, [settings[row] for row in rows], device, cap) for kind, rows in kinds.items()]
 
@@ -100,7 +101,7 @@ class Part:
         self.scale = None if set(temperature) == {1.0} else torch.tensor(temperature, device=device)[:, None]
         self.width = max(top_k) if kind == "top_k" else None
         self.top_k = torch.tensor(top_k, device=device)[:, None] if kind == "top_k" and len(set(top_k)) > 1 else None
-        limits = [2.0 if p is None or p == 1 else p for p in top_p]  # what no probability reaches: keep all
+        limits = [2.0 if p is None or p == 1 else max(p, 1e-30) for p in top_p]  # 2 = what no probability reaches: keep all; float32 must not make 0 of p
         self.top_p = torch.tensor(limits, device=device)[:, None] if min(limits) < 2 else None
 
     def draw(self, logits, uniform):

@@ -224,6 +224,8 @@ def test_streams_and_scored_answers_are_as_described_too(folder, path, body):
 NASTY = [b'{"prompt": "x", "seed": 1e400}', b'{"prompt": "x", "n": 1' + b"0" * 400 + b"}", b'{"prompt": "x", "temperature": Infinity}', b'{"prompt": "x", "top_p": -NaN}',
          b'{"prompt": "x", "max_tokens": 9223372036854775808}', b'{"prompt": [[18446744073709551616]]}', b'{"prompt": "\\ud800\\udc00\\udfff", "max_tokens": 2}',
          '{"prompt": "\u202e\U0010ffff\ufdd0𝔘", "max_tokens": 2}'.encode(), b'{"prompt": "\\u0000", "max_tokens": 2}', b'{"prompt": "x", "stop": ["\\u0000", "\\udfff"], "max_tokens": 2}',
+         *(f'{{"prompt": "x", "{name}": {value}, "max_tokens": 3{more}}}'.encode() for name in ("top_p", "temperature") for value in ("1e-48", "5e-324", "1e-38", "1e-7")
+           for more in ("", ', "top_k": 0', ', "top_k": 3', ', "top_p": 1e-40, "top_k": 0' if name == "temperature" else ', "temperature": 2')),
          b'{"prompt": "x", "stream": "yes"}', b'{"prompt": "x", "stream": true, "max_tokens": 2, "prompt": "y"}', b'{"prompt": "x", "": 1}', b'{"prompt": {"a": 1}}',
          b"[" * 50_000 + b"]" * 50_000, b'{"prompt": ' + b'["x", ' * 3000 + b'"x"' + b"]" * 3000 + b"}", b'"', b"", b"\x00", b"{}" * 9, b'{"a": 1, "a": 2}']
 
