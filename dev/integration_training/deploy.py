@@ -8,7 +8,6 @@ where it stopped; a folder that holds another configuration is refused. With --s
 of its own, runs there in tmux, where it survives a lost connection, and what it left comes back into the same folder as a local run's.
 """
 import runpy
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace

@@ -121,8 +121,8 @@ def watch(job, config):
         except (ConnectionLost, RemoteError) as error:
             say(f"no contact for {time.monotonic() - contact:.0f} s: {error}")
         if state in ("lost", "none"):
-            raise ValueError(f"tmux {job.name} has vanished there before the run ended, perhaps the machine was started anew: what there is lies in ~/{job.repo}/dev/integration_training/results; "
-                             "delete remote.json beside the results here to send it again")
+            raise ValueError(f"tmux {job.name} has vanished there before the run ended, perhaps the machine was started anew: what there is lies in "
+                             f"~/{job.repo}/dev/integration_training/results; delete remote.json beside the results here to send it again")
         if time.monotonic() > min(deadline, contact + 60 * LOST_MINUTES):
             raise ValueError(f"not followed any longer: no contact for {LOST_MINUTES} minutes, or --max-hours={config.max_hours} are over. The run goes on there; the same "
                              "command follows it again")

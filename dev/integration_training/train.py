@@ -31,7 +31,8 @@ TINY_TEXTS = 2000                                       # conversations that a t
 def main(config):
     compute = compute_init(config.target.device_type, config.model.dtype)
     if compute.world_size != len(config.target.gpu_ranks):
-        raise ValueError(f"gpu_ranks={config.target.gpu_ranks} are {len(config.target.gpu_ranks)} ranks, but {compute.world_size} processes were started: start it with deploy.py")
+        raise ValueError(f"gpu_ranks={config.target.gpu_ranks} are {len(config.target.gpu_ranks)} ranks, but {compute.world_size} processes were started: "
+                         "start it with deploy.py")
     seed_everything(config.data.shuffle_seed)
     stages, summary = config.output.mode.split("+"), {}
     start = starting_point(config, compute)

@@ -70,7 +70,8 @@ def resume(stage, backend, compute):
     backend.load_weights(stored_weights(folder, backend))
     backend.optimizer.load_state_dict(saved["optimizer"])
     set_rng_state(saved["rng"][compute.rank % len(saved["rng"])])
-    print0(f"resuming {stage} at step {meta['step']}" + ("" if meta["world_size"] == compute.world_size else f", saved by {meta['world_size']} ranks, on {compute.world_size}"))
+    change = "" if meta["world_size"] == compute.world_size else f", saved by {meta['world_size']} ranks, on {compute.world_size}"
+    print0(f"resuming {stage} at step {meta['step']}{change}")
     return LoopState(**meta["state"])
 
 

@@ -83,7 +83,9 @@ def rows_of(spec):
         return load_hub_dataset(spec.name, spec.subset, spec.split)
     path = Path(spec.filepath).expanduser()
     if path.is_dir():
-        stems = [spec.split] if spec.subset is None else [f"{spec.subset}/{spec.split}", f"{spec.subset}_{spec.split}", f"{spec.subset.lower().replace('-', '_')}_{spec.split}"]
+        stems = [spec.split]
+        if spec.subset is not None:
+            stems = [f"{spec.subset}/{spec.split}", f"{spec.subset}_{spec.split}", f"{spec.subset.lower().replace('-', '_')}_{spec.split}"]
         names = [f"{stem}{ending}" for stem in stems for ending in (".jsonl", ".json", ".parquet")]
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
@@ -133,7 +135,9 @@ class Rows(Task):
 
     def find_answer(self, conversation, text):
         kind = conversation["judged"]
-        return LetterTask.find_answer(self, conversation, text) if kind == "letter" else NumberTask.find_answer(self, conversation, text) if kind == "number" else last_line(text)
+        if kind in ("letter", "number"):
+            return {"letter": LetterTask, "number": NumberTask}[kind].find_answer(self, conversation, text)
+        return last_line(text)
 
     def is_correct(self, conversation, completion):
         kind = conversation["judged"]

@@ -98,10 +98,12 @@ def run_rl_training(config, policy, compute):
         lr_mult = schedule(rl, step, num_steps)
         loss, tokens, difference = policy_gradient(backend, batches, objective, config, compute)
         if tokens:
-            metrics |= {"sampling/logp_difference/mean": difference, "train/loss": loss, "train/grad_norm": optimizer_step(backend.optimizer, loss, step, lr_mult, rl.clip_grad), "train/lr_mult": lr_mult}
+            norm = optimizer_step(backend.optimizer, loss, step, lr_mult, rl.clip_grad)
+            metrics |= {"train/loss": loss, "train/grad_norm": norm, "train/lr_mult": lr_mult, "sampling/logp_difference/mean": difference}
             backend.sync()
         metrics |= {"train/tokens": tokens, "time/train_s": clock.lap()}
-        state.tokens, state.seconds, state.loader = state.tokens + tokens, state.seconds + metrics["time/generate_s"] + metrics["time/train_s"], buffer.save_state()
+        state.tokens, state.loader = state.tokens + tokens, buffer.save_state()
+        state.seconds += metrics["time/generate_s"] + metrics["time/train_s"]
         if every(rl.log_every, step, num_steps - 1):
             logger.log(step, metrics)
             if config.output.log_level == "debug":
@@ -202,7 +204,8 @@ def heldout_loss(task, backend, config, sft, compute):
 
 def accuracy(task, backend, compute, max_problems, max_new_tokens, state):
     """Greedy answers to the first problems -> metrics with a 95 % interval. The scores of each problem, at first and now, stay in the state."""
-    records = evaluate(task, backend.engine, backend.sampling.tokenizer, compute, Settings(mode="generative", letters=False, max_new_tokens=max_new_tokens), max_problems=max_problems)
+    settings = Settings(mode="generative", letters=False, max_new_tokens=max_new_tokens)
+    records = evaluate(task, backend.engine, backend.sampling.tokenizer, compute, settings, max_problems=max_problems)
     found, scores = summarize(records), [score(record) for record in records]
     state.extra.setdefault("first_scores", scores)
     state.extra["last_scores"] = scores
