@@ -151,7 +151,7 @@ def read_manifest(content, where):
         files = {str(name): {"size": int(one["size"]), "crc32c": str(one["crc32c"]), "sha256": str(one["sha256"])} for name, one in found["files"].items()}
         checkpoints = [{key: one[key] for key in ("stage", "model_tag", "step")} for one in found["checkpoints"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}): upload the run again") from error
+        raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}): upload the run again, with --overwrite") from error
     for name, one in files.items():
         if not safe_name(name) or one["size"] < 0 or not re.fullmatch(r"[0-9a-f]{64}", one["sha256"]):
             raise ValueError(f"{where} lists {name!r} with {one}, which no upload of ours writes: it is damaged or forged")
