@@ -228,7 +228,7 @@ def telemetry_plot(run):
         for name, style in zip(names, ("-", "--")):
             steps, values = series(run, name)
             if steps:
-                ax.plot(steps, running_mean(values) if len(values) > 60 else values, style, color=color("rl"), linewidth=1.8)
+                ax.plot(steps, running_mean(values) if len(values) > 60 else values, style, color=color("rl"), linewidth=1.8, marker="o" if len(values) == 1 else None, markersize=3.5)
         if names[0] == "eval/accuracy" and series(run, "eval/ci_low")[0] == series(run, "eval/accuracy")[0] == series(run, "eval/ci_high")[0]:
             ax.fill_between(series(run, "eval/accuracy")[0], series(run, "eval/ci_low")[1], series(run, "eval/ci_high")[1], color=color("rl"), alpha=0.13, linewidth=0)
         ax.set_ylim(bottom=0)
