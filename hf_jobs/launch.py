@@ -19,8 +19,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.cloud import hf_jobs, shipping
-from nanochat.cloud.hf_jobs import ENDED, call, stage_of
+from hf_jobs import jobs as hf_jobs
+from hf_jobs.jobs import ENDED, call, stage_of
+from nanochat.cloud import shipping
 from nanochat.cloud.market import dollars
 from nanochat.cloud.orders import bare_flags
 from nanochat.cloud.signals import Signals, say

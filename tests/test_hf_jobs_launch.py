@@ -17,8 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_jobs import launch
-from nanochat.cloud import hf_jobs
+from hf_jobs import jobs as hf_jobs, launch
 from tests.fakes.hub_jobs import ENDED, ROOT, Driver, JobsHub
 
 WANDB_SECRET = "wandb-secret-5b1f0c77aa"
