@@ -62,6 +62,7 @@ else
         stage eval-$source $LAUNCH scripts.chat_eval -i $source -g "$TAG" -a AQUA --max-new-tokens=256 --controls
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA" "rl_${TAG}_AQUA"
+    stage eval-test  $LAUNCH scripts.chat_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=256  # RL watched the validation split
     stage reasoning  $LAUNCH scripts.reasoning_eval -i rl -g "$TAG" -a AQUA
 fi
 stage report         python -m nanochat.report generate
