@@ -4,6 +4,7 @@ What an image would hold comes from `image_env`: where the packages are. A job t
 """
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -37,8 +38,9 @@ def now():
 class Job:
     """A process and what the API tells about it."""
 
-    def __init__(self, number, namespace, asked, folder, image_env):
-        self.id, self.namespace, self.asked, self.folder = f"{number:024x}", namespace, asked, Path(folder)
+    def __init__(self, namespace, asked, folder, image_env):
+        self.id = secrets.token_hex(12)  # no two hubs on this machine share one: a job's processes are found by it
+        self.namespace, self.asked, self.folder = namespace, asked, Path(folder)
         self.lines, self.stage, self.message, self.created, self.began = [], "RUNNING", None, now(), time.monotonic()
         self.changed = threading.Condition()
         self.folder.mkdir(parents=True)
@@ -128,8 +130,8 @@ class JobsHandler(UploadHandler):
         if any(not value for value in asked.get("secrets", {}).values()):
             return self.refuse(400, "EmptySecret")
         with self.hub.lock:
-            number = len(self.hub.jobs) + 1
-            job = self.hub.jobs[f"{number:024x}"] = Job(number, namespace, asked, self.hub.root.parent / "jobs" / str(number), self.hub.image_env)
+            job = Job(namespace, asked, self.hub.root.parent / "jobs" / str(len(self.hub.jobs) + 1), self.hub.image_env)
+            self.hub.jobs[job.id] = job
         self.reply_json(job.info())
 
     def list_jobs(self, namespace):
