@@ -6,7 +6,7 @@
 #   FRESH=1 bash run_aquarat_small.sh       start over
 #   DEPTH=12 SHARDS=80 bash run_aquarat_small.sh       a larger model on GPUs
 #
-# BASE_ARGS, MID_ARGS, SFT_ARGS and RL_ARGS are put behind a stage's flags and override them; STOP_AFTER=base-loss ends there (scripts/pipeline.sh).
+# BASE_ARGS, MID_ARGS, SFT_ARGS, RL_ARGS and EVAL_ARGS are put behind a stage's flags and override them; STOP_AFTER=base-loss ends there (scripts/pipeline.sh).
 # PRESET is gpu where nvidia-smi lists a GPU, else cpu. .env is read as data; what the caller has set wins.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -36,11 +36,11 @@ if [ "$PRESET" = cpu ]; then
                      --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
         case $source in sft|rl) controls="--controls --control-problems=500" ;; *) controls= ;; esac  # before SFT there is little to control
-        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $controls
+        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $controls ${EVAL_ARGS:-}
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA_test" "rl_${TAG}_AQUA_test"
     stage reasoning  python -m scripts.reasoning_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 --max-problems=500
-    stage leaks      python -m scripts.contamination --recipe=offline
+    stage leaks      python -m scripts.contamination --recipe=offline --against=AQUA
 else
     TAG="d${DEPTH:-8}"
     stage shards     python -m nanochat.dataset -n "${SHARDS:-40}"
@@ -59,7 +59,7 @@ else
                      --examples-per-step="$(times_ranks 16)" ${RL_ARGS:-}
     NPROC_PER_NODE=$gpus choose_hardware
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
-        stage eval-$source $LAUNCH scripts.chat_eval -i $source -g "$TAG" -a AQUA --max-new-tokens=256 --controls
+        stage eval-$source $LAUNCH scripts.chat_eval -i $source -g "$TAG" -a AQUA --max-new-tokens=256 --controls ${EVAL_ARGS:-}
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA" "rl_${TAG}_AQUA"
     stage eval-test  $LAUNCH scripts.chat_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=256  # RL watched the validation split
