@@ -144,11 +144,12 @@ install_system_packages() {
         || die "stage packages failed: ${missing[*]} could not be installed: choose an image with them, or set HF_INSTALL_BASE_PACKAGES=0 if they are not needed"
 }
 
-# a wrong flag in BASE_ARGS, MID_ARGS, SFT_ARGS, RL_ARGS ends the job now and not hours later, when its stage begins
+# a wrong flag in BASE_ARGS to EVAL_ARGS ends the job now and not hours later, when its stage begins
 check_arguments() {
-    if [ -z "${BASE_ARGS:-}${MID_ARGS:-}${SFT_ARGS:-}${RL_ARGS:-}" ]; then return; fi
+    if [ -z "${BASE_ARGS:-}${MID_ARGS:-}${SFT_ARGS:-}${RL_ARGS:-}${EVAL_ARGS:-}" ]; then return; fi
     python -c 'import sys; from hf_jobs.launch import check_arguments; check_arguments(dict(zip(sys.argv[1::2], sys.argv[2::2])))' \
-        BASE_ARGS "${BASE_ARGS:-}" MID_ARGS "${MID_ARGS:-}" SFT_ARGS "${SFT_ARGS:-}" RL_ARGS "${RL_ARGS:-}" || die "stage check failed: the line above says which flag is wrong"
+        BASE_ARGS "${BASE_ARGS:-}" MID_ARGS "${MID_ARGS:-}" SFT_ARGS "${SFT_ARGS:-}" RL_ARGS "${RL_ARGS:-}" EVAL_ARGS "${EVAL_ARGS:-}" \
+        || die "stage check failed: the line above says which flag is wrong"
 }
 
 # flag NAME KNOB: " --NAME=value" where the knob has a value

@@ -30,7 +30,7 @@ from nanochat.configurator import parse
 from nanochat.huggingface.hub import check_repo, hub_errors
 
 SCRIPTS = {"run_full_pipeline.sh": "aquarat-hf", "bootstrap_and_train_base.sh": "hf-jobs-base", "bootstrap_and_train_rl.sh": "hf-jobs-rl"}
-STAGE_ARGUMENTS = {"BASE_ARGS": "base_train", "MID_ARGS": "mid_train", "SFT_ARGS": "chat_sft", "RL_ARGS": "chat_rl"}
+STAGE_ARGUMENTS = {"BASE_ARGS": "base_train", "MID_ARGS": "mid_train", "SFT_ARGS": "chat_sft", "RL_ARGS": "chat_rl", "EVAL_ARGS": "chat_eval"}
 ACTIVE = ("SCHEDULING", "RUNNING")
 
 
@@ -176,11 +176,11 @@ def gather(api, config):
 
 
 def check_arguments(variables):
-    """The stages' further flags, BASE_ARGS and its kin, against the stages' Configs: a wrong one is told now and not hours later, when its stage begins."""
+    """The stages' further flags, BASE_ARGS to EVAL_ARGS, against the stages' Configs: a wrong one is told now and not hours later, when its stage begins."""
     for knob, stage in STAGE_ARGUMENTS.items():
         if variables.get(knob, "").strip():
             try:
-                parse(importlib.import_module(f"scripts.{stage}").Config, variables[knob].split())
+                parse(importlib.import_module(f"scripts.{stage}").Config, [*(["--source=rl"] if knob == "EVAL_ARGS" else []), *variables[knob].split()])
             except SystemExit as error:
                 raise ValueError(f"{knob}={variables[knob]!r} has a flag or value that scripts/{stage}.py does not take: see above") from error
 

@@ -93,6 +93,7 @@ FULL = ("--flavor=a100-large", "--name=x")
     ((*FULL, "--secrets", "OPENAI_KEY"), "--secrets OPENAI_KEY: the variable is not set here"),                   # [J14]
     ((*FULL, "--env", "HF_RL_NUM_SAMPLE=3"), "there is no knob HF_RL_NUM_SAMPLE"),
     ((*FULL, "--env", "RL_ARGS=--num-sampels=3"), "scripts/chat_rl.py does not take"),
+    ((*FULL, "--env", "EVAL_ARGS=--max-problem=3 --controls=False"), "scripts/chat_eval.py does not take"),
     ((*FULL, "--script=bootstrap_and_train_rl.sh"), "SFT_REPO is not set"),                                       # [J8]
     ((*FULL, "--script=train.sh"), "script='train.sh' is not one of"),
     ((*FULL, "--repo-url=git@github.com:me/x.git"), "needs an SSH key"),
@@ -348,8 +349,9 @@ def instant_sleep(folder):
 # The whole pipeline
 
 TINY = ("HF_BASE_ITERATIONS=6", "HF_MID_ITERATIONS=4", "SFT_STEPS=4", "RL_STEPS=2", "HF_RL_EXAMPLES_PER_STEP=8", "HF_RL_NUM_SAMPLES=4", "HF_RL_EVAL_EXAMPLES=16",
-        "HF_SYNC_MINUTES=1", "EVAL_SOURCES=sft rl", "BASE_ARGS=--depth=2 --n-embd=64 --save-every=2 --eval-tokens=4096 --sample-every=-1 --compile=False",
-        "MID_ARGS=--eval-tokens=4096 --compile=False", "SFT_ARGS=--eval-metrics-every=-1 --compile=False", "RL_ARGS=--preflight=-1")
+        "HF_SYNC_MINUTES=1", "BASE_ARGS=--depth=2 --n-embd=64 --save-every=2 --eval-tokens=4096 --sample-every=-1 --compile=False",
+        "MID_ARGS=--eval-tokens=4096 --compile=False", "SFT_ARGS=--eval-metrics-every=-1 --compile=False", "RL_ARGS=--preflight=-1",
+        "EVAL_ARGS=--max-problems=200 --controls=False")
 
 
 @pytest.mark.slow
@@ -374,9 +376,9 @@ def test_the_full_pipeline_survives_the_loss_of_its_machine_and_rl_starts_from_i
         for room, step in (("base", 6), ("mid", 4), ("chatsft", 4), ("chatrl", 2)):
             assert sorted(path.name for path in (kept / f"{room}_checkpoints/d4").iterdir()) == [f"meta_{step:06d}.json", f"model_{step:06d}.pt"]
         assert "rl" in (kept / "report/report.md").read_text(encoding="utf-8") and (kept / "report/report.html").stat().st_size > 10_000
-        assert len(list((kept / "eval").glob("*_AQUA_test.json"))) == 2
+        assert len(list((kept / "eval").glob("*_AQUA_test.json"))) == 4
 
-        status = [one for one in TINY if one.startswith(("RL_STEPS", "HF_RL"))]
+        status = [one for one in TINY if one.startswith(("RL_STEPS", "HF_RL", "EVAL"))]
         with launched(hub, ROOT, "--script=bootstrap_and_train_rl.sh", "--flavor=cpu-basic", "--timeout=10h", "--name=rl", "--env", "SFT_REPO=me/whole", *status,
                       "RL_ARGS=--preflight=-1 --device-batch-size=16") as process:
             output = process.stdout.read()
