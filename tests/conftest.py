@@ -1,10 +1,15 @@
 """What several test files share: a two-layer pipeline's data, made once a session, in a folder of its own."""
 import shutil
+import signal
+import threading
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # a suite started in the background ignores Ctrl-C, and so would every program that its tests start and interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

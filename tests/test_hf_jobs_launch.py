@@ -93,7 +93,7 @@ FULL = ("--flavor=a100-large", "--name=x")
     ((*FULL, "--secrets", "OPENAI_KEY"), "--secrets OPENAI_KEY: the variable is not set here"),                   # [J14]
     ((*FULL, "--env", "HF_RL_NUM_SAMPLE=3"), "there is no knob HF_RL_NUM_SAMPLE"),
     ((*FULL, "--env", "RL_ARGS=--num-sampels=3"), "scripts/chat_rl.py does not take"),
-    ((*FULL, "--env", "EVAL_ARGS=--max-problem=3 --controls=False"), "scripts/chat_eval.py does not take"),
+    ((*FULL, "--env", "EVAL_ARGS=--max-problem=3"), "scripts/chat_eval.py does not take"),
     ((*FULL, "--script=bootstrap_and_train_rl.sh"), "SFT_REPO is not set"),                                       # [J8]
     ((*FULL, "--script=train.sh"), "script='train.sh' is not one of"),
     ((*FULL, "--repo-url=git@github.com:me/x.git"), "needs an SSH key"),
@@ -179,9 +179,12 @@ def launched(hub, tree, *flags):
     environment = {**os.environ, **hub.env(hub.home)}
     environment.pop("WANDB_API_KEY", None)
     process = subprocess.Popen([sys.executable, "-m", LAUNCH, *flags], cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    impatience = threading.Timer(400, process.kill)  # whatever goes wrong, nobody waits for ever
+    impatience.start()
     try:
         yield process
     finally:
+        impatience.cancel()
         if process.poll() is None:
             process.kill()
         process.communicate(timeout=600)
@@ -351,7 +354,7 @@ def instant_sleep(folder):
 TINY = ("HF_BASE_ITERATIONS=6", "HF_MID_ITERATIONS=4", "SFT_STEPS=4", "RL_STEPS=2", "HF_RL_EXAMPLES_PER_STEP=8", "HF_RL_NUM_SAMPLES=4", "HF_RL_EVAL_EXAMPLES=16",
         "HF_SYNC_MINUTES=1", "BASE_ARGS=--depth=2 --n-embd=64 --save-every=2 --eval-tokens=4096 --sample-every=-1 --compile=False",
         "MID_ARGS=--eval-tokens=4096 --compile=False", "SFT_ARGS=--eval-metrics-every=-1 --compile=False", "RL_ARGS=--preflight=-1",
-        "EVAL_ARGS=--max-problems=200 --controls=False")
+        "EVAL_ARGS=--max-problems=200 --control-problems=20")
 
 
 @pytest.mark.slow
