@@ -32,7 +32,7 @@ if [ "$PRESET" = cpu ]; then
                      --eval-every=100 --save-every=100 ${MID_ARGS:-}
     stage train-sft  $LAUNCH scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --embedding-lr=0.05 \
                      --init-lr-frac=0.1 --num-iterations="${SFT_STEPS:-60}" --eval-every=30 --eval-metrics-every=60 --max-new-tokens=64 --save-every=30 ${SFT_ARGS:-}
-    stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-120}" --num-samples=16 --examples-per-step=32 \
+    stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-200}" --num-samples=16 --examples-per-step=32 \
                      --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
         case $source in sft|rl) controls="--controls --control-problems=500" ;; *) controls= ;; esac  # before SFT there is little to control
