@@ -8,7 +8,6 @@ which scripts/pipeline.sh knows what is done. Data is not kept and its stamps ne
 directory's own, so scripts/fetch_checkpoint.py reads the repository.
 """
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint_manager import FOLDERS, newest_whole
-from nanochat.common import base_dir, print0, write_atomic
+from nanochat.common import base_dir, print0, sha256_of, write_atomic
 from nanochat.configurator import parse
 from nanochat.huggingface.hub import check_repo, download, hub_errors
 
@@ -258,11 +257,6 @@ class FolderStore:
             else:
                 print0(f"{self.folder / name} does not have the SHA-256 that {MANIFEST} records: it is left out")
         return names
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

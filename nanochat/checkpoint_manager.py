@@ -18,7 +18,7 @@ import zipfile
 
 import torch
 
-from nanochat.common import Compute, base_dir, compute_init, print0, write_atomic
+from nanochat.common import Compute, base_dir, compute_init, print0, sha256_of, write_atomic
 from nanochat.configurator import config_dict
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig
@@ -103,8 +103,7 @@ def read_meta(folder, step, shards_for=None):
             raise ValueError(f"{path} does not list {name}: it is not a checkpoint of this project, or was edited")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing although {path.name} lists it: the checkpoint is not whole")
-        with open(folder / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(folder / name)
         if digest != meta["files"][name]:
             raise ValueError(f"{folder / name} does not have the SHA-256 that {path.name} records "
                              f"({digest[:12]}, not {meta['files'][name][:12]}): the file is torn or changed")

@@ -2,6 +2,7 @@
 
 The only file that reads `os.environ` and the only one besides `optim.py` and `sharding.py` that calls collectives. It knows no model.
 """
+import hashlib
 import itertools
 import json
 import os
@@ -35,6 +36,12 @@ def base_dir():
     path = Path(env("NANOCHAT_BASE_DIR", "~/.cache/nanochat")).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def sha256_of(path):
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path, data):

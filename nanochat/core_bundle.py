@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from nanochat.common import base_dir, write_atomic
+from nanochat.common import base_dir, sha256_of, write_atomic
 
 PUBLISHED_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CORE_LABELS = ("hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa", "piqa", "openbook_qa",
@@ -178,7 +178,7 @@ def find_bundle(source=None, sha256=""):
         return folder if (folder / "core.yaml").is_file() else fetch_zip(source, folder, sha256)
     path = Path(source).expanduser()
     if path.is_file():
-        digest = file_digest(path)
+        digest = sha256_of(path)
         check_digest(path, digest, sha256)
         folder = base_dir() / "eval_bundles" / digest[:12]
         return folder if (folder / "core.yaml").is_file() else unpack(path, folder)
@@ -217,15 +217,10 @@ def fetch_zip(url, folder, sha256=""):
                 raise ValueError(f"the eval bundle at {url} could not be fetched in {attempt} attempts ({type(error).__name__}: {str(error)[:200]}): "
                                  "fetch it by hand and give the zip or its folder by --bundle") from error
     try:
-        check_digest(url, file_digest(archive), sha256)
+        check_digest(url, sha256_of(archive), sha256)
         return unpack(archive, folder)
     finally:
         archive.unlink(missing_ok=True)
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_digest(name, digest, expected):
@@ -253,7 +248,7 @@ def unpack(archive, folder):
                 with content.open(member) as source, open(target, "wb") as file:  # reading checks the CRC
                     shutil.copyfileobj(source, file, 2**20)
         root = root_of(staging)
-        sums = "".join(f"{file_digest(path)}  {path.relative_to(root)}\n" for path in sorted(root.rglob("*")) if path.is_file())
+        sums = "".join(f"{sha256_of(path)}  {path.relative_to(root)}\n" for path in sorted(root.rglob("*")) if path.is_file())
         write_atomic(root / "SHA256SUMS", sums)
         shutil.rmtree(folder, ignore_errors=True)       # an older, incomplete one
         root.rename(folder)

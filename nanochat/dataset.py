@@ -5,7 +5,6 @@
 
 The validation shard has a fixed name. Were it "the last file", a longer download would turn it into training text.
 """
-import hashlib
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import base_dir, env
+from nanochat.common import base_dir, env, sha256_of
 from nanochat.configurator import parse
 
 HUB_REPO = "karpathy/fineweb-edu-100b-shuffle"
@@ -178,8 +177,7 @@ def difference(path, size, etag):
     if size is not None and path.stat().st_size != size:
         return f"{path.stat().st_size} bytes arrived instead of {size}"
     if etag and len(etag) == 64:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         if digest != etag:
             return f"its sha256 is {digest[:12]}... instead of {etag[:12]}..."
     return None if is_whole(path) else "it is not a parquet file with a column `text`"

@@ -17,7 +17,7 @@ import torch
 
 from nanochat.decoder import Decoder, capped_
 from nanochat.execution import calculate
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, frozen_gpt
 from nanochat.kv_cache import KVCache, Prefill
 from nanochat.sampling import Sampler, stream_key, uniforms
 
@@ -383,11 +383,7 @@ def cast_copy(model):
     """The model with weights in its compute dtype: itself where they are, else a copy. Casting at every token costs 40 %."""
     if all(weight.dtype == model.compute_dtype for weight in model.parameters()):
         return model
-    with torch.device("meta"):
-        copy = GPT(model.config, model.compute_dtype)
-    copy.load_state_dict({name: weight.to(model.compute_dtype) for name, weight in model.state_dict().items()}, assign=True)
-    copy.fill_rotary_table()
-    return copy.requires_grad_(False).eval()
+    return frozen_gpt(model.config, model.compute_dtype, {name: weight.to(model.compute_dtype) for name, weight in model.state_dict().items()})
 
 
 class TextStream:

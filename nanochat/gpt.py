@@ -240,3 +240,12 @@ class GPT(nn.Module):
         config = self.config
         matrix_weights = self.num_params() - self.transformer.wte.weight.numel()
         return 6 * matrix_weights + 12 * config.n_layer * config.n_embd * config.sequence_len
+
+
+def frozen_gpt(config, compute_dtype, weights):
+    """A GPT for sampling around whole weights {name: tensor}, which it takes as they are, without a copy and without gradients."""
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype)
+    model.load_state_dict(weights, assign=True)
+    model.fill_rotary_table()
+    return model.requires_grad_(False).eval()

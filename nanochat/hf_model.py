@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat.common import sha256_of
 from nanochat.likelihood import padded, places, target_scores
 
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -41,8 +42,7 @@ def folder_fingerprint(path):
     if folder.is_dir():
         for file in sorted(folder.iterdir()):
             if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt"):
-                with open(file, "rb") as content:
-                    digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+                digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 

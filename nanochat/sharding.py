@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nanochat.common import print0
-from nanochat.gpt import GPT
+from nanochat.gpt import frozen_gpt
 
 MODES = ("none", "full")
 
@@ -70,8 +70,4 @@ def whole_model(model, compute, keep=True):
     whole = whole_tensors(model, keep, model.compute_dtype, compute.device)
     if not keep:
         return None
-    with torch.device("meta"):
-        copy = GPT(model.config, model.compute_dtype)
-    copy.load_state_dict(whole, assign=True)
-    copy.fill_rotary_table()
-    return copy.requires_grad_(False).eval()
+    return frozen_gpt(model.config, model.compute_dtype, whole)

@@ -3,9 +3,13 @@
 # One word describes all that a stage depends on: the stages before it and its own command. When any of them changes, it runs again.
 CHAIN="${CHAIN:-start}"
 
-choose_places() {
+default_base_dir() {
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
     NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~\//$HOME/}"  # .env is data: nobody has expanded its ~
+}
+
+choose_places() {
+    default_base_dir
     mkdir -p "$NANOCHAT_BASE_DIR/stages"
     if [ "${FRESH:-0}" = 1 ]; then
         rm -f "$NANOCHAT_BASE_DIR"/stages/*

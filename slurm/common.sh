@@ -48,8 +48,7 @@ check_packages() {
 choose_base_dir() {
     local cache="${PROJECT_CACHE_ROOT:-${SCRATCH:-}}"
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-${cache:+$cache/nanochat}}"
-    NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-    NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~\//$HOME/}"  # .env is data: nobody has expanded it
+    default_base_dir
     if [ -n "${SLURM_TMPDIR:-}" ] && [ "${ALLOW_SLURM_TMPDIR:-0}" != 1 ]; then
         case "$NANOCHAT_BASE_DIR/" in "$SLURM_TMPDIR"/*)
             die "NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR lies in SLURM_TMPDIR, which goes with the job: choose a folder that stays, or set ALLOW_SLURM_TMPDIR=1" ;;

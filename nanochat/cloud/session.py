@@ -2,7 +2,6 @@
 
 The log is ~/<repo_dir>/training.log there and cloud/<rental>/training.log in the base directory here, results are in cloud/<rental>/artifacts/.
 """
-import hashlib
 import re
 import shlex
 import tempfile
@@ -14,6 +13,7 @@ from nanochat.cloud import remote, shipping
 from nanochat.cloud.market import dollars
 from nanochat.cloud.signals import say
 from nanochat.cloud.ssh import ConnectionLost, RemoteError
+from nanochat.common import sha256_of
 
 PIECE = 32 << 20  # bytes of a file per ssh call: what a lost connection costs at most
 DATA_FOLDERS = ("base_data", "aqua", "eval_bundle", "eval_bundles", "dolci_stream", "wandb", "cloud")  # can be had elsewhere, or is huge
@@ -243,13 +243,8 @@ def fetch_file(machine, folder, name, size, target, until):
                 file.write(piece)
             have += len(piece)
         partial.touch()
-        if machine.run(remote.HASH_FILE, folder, name, size, timeout=600).split()[:1] == [sha256_of(partial)]:
+        if machine.run(remote.HASH_FILE, folder, name, size, timeout=600).split()[:1] == [sha256_of(partial).encode()]:
             partial.replace(target)
             return
         partial.unlink()
     raise Failed(f"{name} arrived with another SHA-256 than it has on the machine")
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest().encode()

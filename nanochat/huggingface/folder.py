@@ -8,7 +8,6 @@
 NanoChatForCausalLM is the October 2025 architecture and so is ours: each weight has one counterpart, nothing is transposed or fused.
 """
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat.common import sha256_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.huggingface.tokenizer import CHAT_TEMPLATE, read_tokenizer, tokenizer_config, tokenizer_json
 from nanochat.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def write_folder(folder, model, tokenizer, meta, card="", dtype=torch.float32, o
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
         kept = {name: value for name, value in meta.items() if name not in ("files", "model_config")}
-        kept["files"] = {name: sha256(partial / name) for name in ("model.safetensors", "tokenizer.json", "config.json")}
+        kept["files"] = {name: sha256_of(partial / name) for name in ("model.safetensors", "tokenizer.json", "config.json")}
         (partial / META).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         if add:
             add(partial)
@@ -124,11 +124,6 @@ def special_ids(tokenizer):
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.special_ids["<|assistant_end|>"], "pad_token_id": tokenizer.bos_id}
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 def read_folder(folder):
@@ -140,7 +135,7 @@ def read_folder(folder):
     if not isinstance(checksums, dict):
         raise ValueError(f"{folder / META} is damaged: export or fetch the folder again, or delete that file")
     for name, digest in checksums.items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
             raise ValueError(f"{folder / name} is missing or does not have the SHA-256 that {META} records: the folder is torn or changed, "
                              f"export or fetch it again (delete {META} to import a folder that was changed on purpose)")
     config = read_config(folder / "config.json")

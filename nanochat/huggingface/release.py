@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat import report as run_report
-from nanochat.huggingface.folder import sha256
+from nanochat.common import sha256_of
 
 CARD, NOTES, LISTING = "card.toml", "README.md", "release.json"
 KNOBS = {"title": str, "summary": str, "tags": list, "datasets": list, "links": dict}
@@ -111,7 +111,7 @@ def write_listing(folder, meta):
 
 
 def checksums(folder):
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*"))
             if path.is_file() and path != folder / LISTING}
 
 

@@ -3,13 +3,12 @@
 It holds the policy as `open_policy` (or transformers) loads it, optimizer.pt with random states, and meta.json with the SHA-256 of every other file.
 Tensors are whole, so the number of ranks may change between a run and its continuation.
 """
-import hashlib
 import json
 import os
 import shutil
 
 from nanochat.checkpoint_manager import read_tensors, write_tensors
-from nanochat.common import base_dir, print0, write_atomic
+from nanochat.common import base_dir, print0, sha256_of, write_atomic
 from nanochat.training import LoopState, rng_state, set_rng_state
 
 
@@ -28,17 +27,12 @@ def save(stage, state, finished, backend, compute):
         partial.mkdir(parents=True)
         backend.sampling.save(partial, weights)
         write_tensors(partial / "optimizer.pt", {"optimizer": optimizer, "rng": random_states})
-        files = {str(path.relative_to(partial)): sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+        files = {str(path.relative_to(partial)): sha256_of(path) for path in sorted(partial.rglob("*")) if path.is_file()}
         write_atomic(partial / "meta.json", json.dumps({"stage": stage, "step": state.step, "finished": finished, "world_size": compute.world_size,
                                                         "state": state.to_dict(), "files": files}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     compute.barrier()
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest(stage):
@@ -48,7 +42,7 @@ def newest(stage):
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             problem = next((f"{name} is missing or changed" for name, digest in meta["files"].items()
-                            if not (folder / name).is_file() or sha256(folder / name) != digest), None)
+                            if not (folder / name).is_file() or sha256_of(folder / name) != digest), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"meta.json cannot be read ({error})"
         if problem is None:
