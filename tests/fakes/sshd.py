@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -53,9 +54,11 @@ class Sshd:
         """The machine drops off the network: the listener and every connection end. tmux goes on."""
         if self.process is None:
             return
-        family = [child for child in psutil.Process(self.process.pid).children(recursive=True) if child.name() == "sshd"]
-        for process in [*family, self.process]:
-            process.kill()
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # a connection may end by itself meanwhile
+                if child.name() == "sshd":
+                    child.kill()
+        self.process.kill()
         self.process.wait()
         self.process = None
 
