@@ -141,9 +141,8 @@ class GPT(nn.Module):
     def fill_rotary_table(self):
         """(Re)compute the position tables: they are derived, so no checkpoint holds them and `to_empty` forgets them."""
         head_dim = self.config.n_embd // self.config.n_head
-        cos, sin = rotary_table(self.config.sequence_len, head_dim, self.transformer.wte.weight.device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_table(self.config.sequence_len, head_dim, "cpu")):  # there, so that copies agree to the bit
+            self.register_buffer(name, table.to(self.transformer.wte.weight.device), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed=42):
@@ -213,6 +212,11 @@ class GPT(nn.Module):
         wanted = targets != -1
         total = summed_loss(hidden[wanted], self.lm_head.weight, targets[wanted], self.compiled)
         return total if loss_reduction == "sum" else total / wanted.sum()
+
+    def as_forward(self, function):
+        """-> function(), which may use `hidden` and `lm_head.weight` apart and return what has a gradient: divided over the ranks, embedding
+        and head are whole in here and in `forward` alone."""
+        return function()
 
     def logprobs(self, inputs, targets, temperature=1.0):
         """(B, T) inputs and targets -> log p(target) (B, T) at a temperature, 0 where the target is -1. Differentiable."""

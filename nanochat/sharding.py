@@ -2,11 +2,12 @@
 
 Each rank keeps 1/W of the rows of every matrix, of its gradient and of its optimizer state (optim.py). A block's matrices are whole on
 a rank only while the block computes; embedding and head while the model does. Checkpoints are those of an undivided model: they are
-gathered and cut one tensor at a time, so a run may go from one way to the other.
+gathered and cut one tensor at a time, so a run may go from one way to the other. Sampling reads every weight at every token: it wants a
+whole copy on each rank, in the dtype that computes and without gradient or optimizer (`whole_model`, `refill`).
 """
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from nanochat.common import print0
 from nanochat.gpt import frozen_gpt
@@ -30,6 +31,7 @@ def place(model, compute, shard="none"):
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32))
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "as_forward")
     model.is_divided = True
     return model.to(compute.device)
 
@@ -40,11 +42,16 @@ def whole_tensors(model, keep=True, dtype=torch.float32, device="cpu"):
     if not model.is_divided:
         return model.state_dict() if keep else {}
     whole = {}
-    for name, weight in model.named_parameters():
-        tensor = weight.detach().full_tensor()
+    for name, tensor in gathered(model, dtype):
         if keep:
-            whole[name] = tensor.to(device, dtype)
+            whole[name] = tensor.to(device)
     return whole
+
+
+def gathered(model, dtype):
+    """(name, whole weight) of a divided model, one after the other. Every rank has to take them all."""
+    for name, weight in model.named_parameters():
+        yield name, weight.detach().to(dtype).full_tensor()
 
 
 @torch.no_grad()
@@ -71,3 +78,13 @@ def whole_model(model, compute, keep=True):
     if not keep:
         return None
     return frozen_gpt(model.config, model.compute_dtype, whole)
+
+
+@torch.no_grad()
+def refill(whole, model):
+    """The weights a divided model has now into its `whole_model`, in place, on every rank; nothing to do where both are one."""
+    if whole is model:
+        return
+    weights = dict(whole.named_parameters())
+    for name, tensor in gathered(model, model.compute_dtype):
+        weights[name].copy_(tensor)

@@ -29,6 +29,7 @@ from nanochat.rl.safety import batch_keeper, check_finite, check_sizes, count_si
 from nanochat.rl.update import Objective, learn, prepare
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import between, linear_decay, warmup
+from nanochat.sharding import refill, whole_model
 from nanochat.training import every, seed_everything, steps
 from tasks.aqua import extract_answer
 from tasks.common import message_text
@@ -50,7 +51,7 @@ class Config:
     ref_step: int | None = None         # step of the reference's checkpoint (None = the parent's, or the newest of another stage or folder)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
-    shard: str = "none"                 # none: each rank samples with the whole model; full is for the other stages
+    shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2); each keeps a whole copy in `dtype` to sample with
     seed: int = 42                      # seed of the order of problems and of every draw
     data_dir: str | None = None         # folder of a task's splits, or one that holds aqua/, gsm8k/, ... (None = where the tasks look by themselves)
     permute_options: bool = True        # multiple choice: options stand in another order at every visit, the right letters balanced; a group shares one
@@ -119,13 +120,14 @@ def main(config):
     seed_everything(config.seed)
     check(config, compute)
 
-    # Policy, optimizer, engine: one set of weights, which samples and is trained
-    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step)
+    # Policy, optimizer, engine: one set of weights, which samples and is trained; divided over the ranks, it is trained, and its whole copy samples
+    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step, shard=config.shard)
     config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]}, "model_tag", "output_tag", "step")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     refuse_own_parent("rl", config.source, config)
     state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer)
-    engine = Engine(model, tokenizer, max_rows=config.rows_in_flight)
+    policy = whole_model(model, compute)
+    engine = Engine(policy, tokenizer, max_rows=config.rows_in_flight)
     reference, is_parent = None, False
     if config.kl_every > 0 or config.kl_coef > 0:
         reference, is_parent = load_reference((config.ref_source, config.ref_model_tag, config.ref_step), (config.source, config.model_tag, config.step), compute)
@@ -182,26 +184,27 @@ def main(config):
 
         # Telemetry of the policy that sampled, before it moves
         if every(config.kl_every, step, config.num_steps):
-            watched = letter_metrics(model, reference, tokenizer, groups, conversations, compute, config.device_batch_size, temperature)
+            watched = letter_metrics(policy, reference, tokenizer, groups, conversations, compute, config.device_batch_size, temperature)
             check_finite(step, watched, lambda: make_batches(sum(groups, []), config.device_batch_size, tokenizer.bos_id, compute.device), keep)
             watch_entropy(state, watched)
             metrics |= watched
         if every(config.attn_every, step, config.num_steps) and compute.is_master and groups:
             some = sum(groups, [])[:8]
-            metrics |= attention_metrics(model, tokenizer, [rollout.prompt + rollout.tokens for rollout in some], [len(rollout.prompt) for rollout in some])
+            metrics |= attention_metrics(policy, tokenizer, [rollout.prompt + rollout.tokens for rollout in some], [len(rollout.prompt) for rollout in some])
             folder = base_dir() / "runs" / f"rl_{config.output_tag}_attention" / f"step_{step:06d}"
-            for path in save_attention_pictures(model, tokenizer, some[0].prompt + some[0].tokens, len(some[0].prompt), folder):
+            for path in save_attention_pictures(policy, tokenizer, some[0].prompt + some[0].tokens, len(some[0].prompt), folder):
                 logger.log_image(step, f"attn/{path.stem}", path)
         metrics["time/watch_s"] = clock.lap()
 
         # Updates on the groups that hold both right and wrong answers
-        minibatches = prepare(groups, objective, model, reference, compute, config.device_batch_size, tokenizer.bos_id, config.minibatches,
+        minibatches = prepare(groups, objective, policy, reference, compute, config.device_batch_size, tokenizer.bos_id, config.minibatches,
                               f"minibatches|{config.seed}|{step}")
         if every(config.rollouts_every, step, config.num_steps):
             log_rollouts(logger, step, groups[:2], conversations[:2], extract_answer)
         decay = linear_decay(step, config.num_steps) if config.lr_schedule == "linear" else 1.0
         lr_mult = config.init_lr_frac * warmup(step, config.warmup_steps) * decay
         learned = learn(model, optimizer, minibatches, objective, compute, step, lr_mult, config.grad_clip, config.grpo_epochs, reference, keep)
+        refill(policy, model)
         engine.refresh()
         if curriculum:
             metrics |= curriculum.record(groups, compute)

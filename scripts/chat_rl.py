@@ -21,11 +21,13 @@ from nanochat.report import add_section
 from nanochat.rl.letter_metrics import letter_metrics
 from nanochat.rl.metrics import Clock, rollout_metrics
 from nanochat.rl.preflight import preflight
+from nanochat.rl.reference import load_reference
 from nanochat.rl.rollout import Sampler, make_batches
 from nanochat.rl.safety import batch_keeper, check_finite, check_sizes, count_silence, stop_if_silent, watch_entropy
 from nanochat.rl.update import Objective, learn, prepare
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import linear_decay, warmup
+from nanochat.sharding import refill, whole_model
 from nanochat.training import every, seed_everything, steps
 from tasks.aqua import extract_answer
 from tasks.common import message_text
@@ -43,7 +45,7 @@ class Config:
     step: int | None = None             # step of the parent checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
-    shard: str = "none"                 # none: each rank samples with the whole model; full is for the other stages
+    shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2); each keeps a whole copy in `dtype` to sample with
     seed: int = 42                      # seed of the order of problems and of every draw
     data_dir: str | None = None         # folder of the task's splits (None = where the task looks by itself)
     permute_options: bool = True        # multiple choice: options stand in another order at every visit, the right letters balanced; a group shares one
@@ -87,16 +89,17 @@ def main(config):
     seed_everything(config.seed)
     check_sizes(config, compute)
 
-    # Policy, optimizer, engine: one set of weights, which samples and is trained
-    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step)
+    # Policy, optimizer, engine: one set of weights, which samples and is trained; divided over the ranks, it is trained, and its whole copy samples
+    model, tokenizer, parent = load_model(config.source, compute, "train", config.model_tag, config.step, shard=config.shard)
     config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]}, "model_tag", "output_tag", "step")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     refuse_own_parent("rl", config.source, config)
     state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer)
-    engine = Engine(model, tokenizer, max_rows=config.rows_in_flight)
+    policy = whole_model(model, compute)
+    engine = Engine(policy, tokenizer, max_rows=config.rows_in_flight)
     reference = None  # the model training starts from, also after a resume
     if config.kl_every > 0:
-        reference = load_model(config.source, compute, "eval", config.model_tag, config.step)[0].requires_grad_(False)
+        reference, _ = load_reference((None, None, None), (config.source, config.model_tag, config.step), compute)
 
     # Problems
     weights = {config.task: 1.0}
@@ -140,7 +143,7 @@ def main(config):
 
         # Telemetry of the policy that sampled, before it moves
         if every(config.kl_every, step, num_steps):
-            watched = letter_metrics(model, reference, tokenizer, groups, conversations, compute, config.device_batch_size, config.temperature)
+            watched = letter_metrics(policy, reference, tokenizer, groups, conversations, compute, config.device_batch_size, config.temperature)
             check_finite(step, watched, lambda: make_batches(sum(groups, []), config.device_batch_size, tokenizer.bos_id, compute.device), keep)
             if step == 0 and watched.get("kl", 0) != 0:
                 raise ValueError(f"the KL to the reference is {watched['kl']:.3g} before the first step, not 0: the reference is not "
@@ -149,18 +152,19 @@ def main(config):
             metrics |= watched
         if every(config.attn_every, step, num_steps) and compute.is_master and groups:
             some = sum(groups, [])[:8]
-            metrics |= attention_metrics(model, tokenizer, [rollout.prompt + rollout.tokens for rollout in some], [len(rollout.prompt) for rollout in some])
+            metrics |= attention_metrics(policy, tokenizer, [rollout.prompt + rollout.tokens for rollout in some], [len(rollout.prompt) for rollout in some])
             folder = base_dir() / "runs" / f"rl_{config.output_tag}_attention" / f"step_{step:06d}"
-            for path in save_attention_pictures(model, tokenizer, some[0].prompt + some[0].tokens, len(some[0].prompt), folder):
+            for path in save_attention_pictures(policy, tokenizer, some[0].prompt + some[0].tokens, len(some[0].prompt), folder):
                 logger.log_image(step, f"attn/{path.stem}", path)
         metrics["time/watch_s"] = clock.lap()
 
         # Gradient on the groups that hold both right and wrong answers
-        minibatches = prepare(groups, objective, model, reference, compute, config.device_batch_size, tokenizer.bos_id)
+        minibatches = prepare(groups, objective, policy, reference, compute, config.device_batch_size, tokenizer.bos_id)
         if every(config.rollouts_every, step, num_steps):
             log_rollouts(logger, step, groups[:2], conversations[:2], extract_answer)
         lr_mult = config.init_lr_frac * warmup(step, config.warmup_steps) * linear_decay(step, num_steps)
         learned = learn(model, optimizer, minibatches, objective, compute, step, lr_mult, config.grad_clip, keep=keep)
+        refill(policy, model)
         engine.refresh()
         metrics |= {**learned, "time/train_s": clock.lap()}
         sampled = compute.sum(sum(len(rollout.tokens) for group in groups for rollout in group))

@@ -126,13 +126,6 @@ def test_the_number_of_ranks_may_change_in_the_middle_of_every_stage_divided_or_
     check()
 
 
-def test_reinforcement_learning_refuses_a_divided_model_and_says_why(monkeypatch, prepared):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared))
-    for stage in ("rl", "grpo"):
-        with pytest.raises(ValueError, match="shard='full': reinforcement learning needs the whole model on each rank"):
-            pipeline.run_stage(stage, shard="full")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how, reason", [("kill", "Signal 9 (SIGKILL)"), ("exit", "exitcode  : 3"), ("error", "rank 1 of 2 on"), ("hang", "rank 0 of 2 on")])
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -11,11 +11,7 @@ ENTROPY_LEFT = 0.1      # most of the entropy goes in the first tenth of a run (
 
 
 def check_sizes(config, compute):
-    """ValueError for sizes that no step can have, and for a divided model."""
-    if config.shard != "none":
-        raise ValueError(f"shard={config.shard!r}: reinforcement learning needs the whole model on each rank. Sampling reads every weight at every token, and ranks "
-                         "whose groups teach more or less make more or fewer passes, between which a divided model would wait for ever. Use --shard=none: "
-                         "the optimizer's state is divided over the ranks in any case")
+    """ValueError for sizes that no step can have."""
     if config.examples_per_step % compute.world_size:
         raise ValueError(f"examples_per_step={config.examples_per_step} is not a multiple of the {compute.world_size} ranks: "
                          f"try {-(-config.examples_per_step // compute.world_size) * compute.world_size}")

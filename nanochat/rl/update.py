@@ -1,7 +1,8 @@
 """From judged groups to a gradient: who teaches, by how much, and the passes over them. Both RL scripts share every line of it.
 
 Only groups with signal are computed, each prompt once for all its samples, with log-probabilities at completion positions alone. What the
-loss is divided by is counted over all micro-batches and ranks before the first pass.
+loss is divided by is counted over all micro-batches and ranks before the first pass. The model that learns may be divided over the ranks
+(sharding.py); what needs no gradient is asked of the one that sampled, which is whole.
 """
 import math
 import random
@@ -134,7 +135,7 @@ def score(model, batches, objective, into):
 
 def prepare(groups, objective, model, reference, compute, device_batch_size, pad_id, minibatches=1, seed=None):
     """Judged groups -> minibatches, each a list of RolloutBatches, one optimizer step each; all that must be known before the weights move
-    is in them. With one minibatch, `old_logprobs` come for free in its first pass."""
+    is in them. `model` is whole: the one that sampled. With one minibatch, `old_logprobs` come for free in its first pass."""
     taught = set_advantages(groups, objective)
     parts = make_minibatches(taught, minibatches, device_batch_size, pad_id, compute, seed)
     batches = [batch for part in parts for batch in part]
@@ -177,24 +178,34 @@ def learn(model, optimizer, minibatches, objective, compute, step, lr_mult, grad
 
 def gradient_pass(model, batches, objective, compute, reference=None):
     """Adds the gradient of the loss over all ranks' batches -> this rank's tally of what was seen, with the whole "loss"; None without a token."""
-    mine = torch.tensor([sum(int(batch.mask.sum()) for batch in batches), sum(len(batch.rollouts) for batch in batches)], device=compute.device)
-    tokens, rollouts = compute.sum(mine).tolist()
+    passes = [len(batches) if rank == compute.rank else 0 for rank in range(compute.world_size)]
+    mine = torch.tensor([sum(int(batch.mask.sum()) for batch in batches), sum(len(batch.rollouts) for batch in batches), *passes], device=compute.device)
+    tokens, rollouts, *passes = compute.sum(mine).tolist()
     if not tokens:
         return None
     divisor = denominator(objective.algorithm, tokens, rollouts, objective.max_new_tokens)
     total, tally = 0.0, Tally()
     for batch in batches:
-        hidden = batch.hidden(model)
-        logprobs = target_logprobs(model, hidden, batch.targets, objective.temperature, objective.top_k)
-        if batch.old_logprobs is None:
-            batch.old_logprobs = logprobs.detach()
-        loss = policy_loss(objective.algorithm, logprobs, batch.old_logprobs, batch.advantages, batch.mask, **objective.clip) / divisor
-        if objective.kl_coef > 0 and objective.kl_mode != "k1":
-            loss = loss + objective.kl_coef * kl_loss(model, reference, batch, hidden, logprobs, objective) / tokens
+        loss, logprobs = model.as_forward(lambda: loss_of(model, reference, batch, objective, divisor, tokens))
         (loss * compute.world_size).backward()          # the optimizer averages over ranks
         total += loss.item()
-        tally.add(batch, logprobs.detach(), objective)
+        tally.add(batch, logprobs, objective)
+    if model.is_divided:                                # its ranks meet in every pass: who has none left joins in with a loss of 0
+        for _ in range(max(passes) - len(batches)):
+            (0 * model(torch.zeros(1, 1, dtype=torch.int64, device=compute.device)).sum()).backward()
     return {"loss": float(compute.sum(total)), **tally}
+
+
+def loss_of(model, reference, batch, objective, divisor, tokens):
+    """One pass -> (this batch's part of the step's loss, differentiable; the log-probabilities (B, T) in it). Fills `old_logprobs` where they are missing."""
+    hidden = batch.hidden(model)
+    logprobs = target_logprobs(model, hidden, batch.targets, objective.temperature, objective.top_k)
+    if batch.old_logprobs is None:
+        batch.old_logprobs = logprobs.detach()
+    loss = policy_loss(objective.algorithm, logprobs, batch.old_logprobs, batch.advantages, batch.mask, **objective.clip) / divisor
+    if objective.kl_coef > 0 and objective.kl_mode != "k1":
+        loss = loss + objective.kl_coef * kl_loss(model, reference, batch, hidden, logprobs, objective) / tokens
+    return loss, logprobs.detach()
 
 
 def kl_loss(model, reference, batch, hidden, logprobs, objective):
