@@ -3,9 +3,9 @@
     python -m hf_jobs.store --repo=me/run --push       the base directory's results -> the store
     python -m hf_jobs.store --repo=me/run --pull       the store -> an empty base directory, so that a restarted job goes on
 
-Kept are each stage's newest whole checkpoint (with its optimizer shards until the stage is done), tokenizer, logs, evaluations, report and the stamps by
-which scripts/pipeline.sh knows what is done. Data is not kept and its stamps neither: it comes from a seed or the network again. The layout is the base
-directory's own, so scripts/fetch_checkpoint.py reads the repository.
+Kept are each stage's newest whole checkpoint (with its optimizer shards until the stage is done) and the records of nanochat/cloud/run_files.py, among them
+the stamps by which scripts/pipeline.sh knows what is done. Data is not kept and its stamps neither: it comes from a seed or the network again. The layout
+is the base directory's own, so scripts/fetch_checkpoint.py reads the repository.
 """
 import fcntl
 import json
@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint_manager import FOLDERS, newest_whole
+from nanochat.cloud.run_files import LOOSE, ORIGIN, RECORDS, files_of, is_at, safe_name, unknown
 from nanochat.common import base_dir, print0, sha256_of, write_atomic
 from nanochat.configurator import parse
 from nanochat.huggingface.hub import check_repo, download, hub_errors
 
-RECORDS = ("tokenizer", "report", "runs", "eval", "stages")
 DATA_STAGES = ("data", "shards", "aqua", "identity")
-NAME = re.compile(rf"({'|'.join([*RECORDS, *FOLDERS.values()])})(/[\w][\w.@=,+-]*)+|run_name")
 MANIFEST = "store.json"
 WAITS = (5, 15, 45, 120, 300)  # seconds between attempts to reach the Hub
 
@@ -93,6 +92,8 @@ def push(store, message):
             store.send(snapshot, names, message)
         finally:
             shutil.rmtree(snapshot, ignore_errors=True)
+    if left := unknown(base_dir()):
+        print0(f"not among what is kept of a run, and so only on this disk: {', '.join(left)}")
 
 
 def pull(store):
@@ -161,18 +162,24 @@ def names_to_keep(base):
                 finished = meta["finished"] and f"stages/train-{stage}.done" in names
                 files = [name for name in meta["files"] if not (finished and name.startswith("optim_"))]
                 names += [f"{room}/{folder.name}/{name}" for name in (*files, f"meta_{meta['step']:06d}.json")]
-    for room in RECORDS[:-1]:
-        names += [path.relative_to(base).as_posix() for path in sorted((base / room).rglob("*")) if path.is_file() and not path.name.endswith(".partial")]
-    names += ["run_name"] if (base / "run_name").is_file() else []
-    return [name for name in names if NAME.fullmatch(name)]
+    files, unfit = files_of(base, (*(room for room in RECORDS if room != "stages"), *LOOSE))
+    for line in unfit:
+        print0(f"left out: {line}")
+    names += [*files, *([ORIGIN] if (base / ORIGIN).is_file() else [])]
+    return [name for name in names if is_kept(name)]
+
+
+def is_kept(name):
+    """True for a name that `names_to_keep` could give: a stranger's file in the store stays there."""
+    return name == ORIGIN or safe_name(name) and is_at(name, (*RECORDS, *FOLDERS.values()) if "/" in name else LOOSE)
 
 
 def outdated(there, names):
-    """Of the names in the store those that a newer snapshot replaces: older checkpoints of the same folders, stamps of stages that run anew."""
-    now, rooms = set(names), {name.rpartition("/")[0] for name in names if "_checkpoints/" in name}
-    started = {name.removesuffix(".started") for name in names if name.startswith("stages/")}
-    return [name for name in there if name not in now and NAME.fullmatch(name)
-            and (name.rpartition("/")[0] in rooms or name.startswith("stages/") and name.removesuffix(".done") in started)]
+    """Of the names in the store those that a newer snapshot replaces: older checkpoints of its folders, those of training that has begun anew and has none
+    yet, and stamps it has no more (FRESH=1 takes them away), for a job that came after would believe them."""
+    now, rooms = set(names), {name.rpartition("/")[0] for name in names if is_at(name, FOLDERS.values())}
+    anew = [room for stage, room in FOLDERS.items() if f"stages/train-{stage}.started" in now and not any(is_at(name, [room]) for name in names)]
+    return [name for name in there if name not in now and is_kept(name) and (is_at(name, ["stages", *anew]) or name.rpartition("/")[0] in rooms)]
 
 
 # -- the two stores ---------------------------------------------------------------------------------------------------
@@ -203,7 +210,7 @@ class HubStore:
             api = HfApi()
             api.create_repo(self.repo, private=True, exist_ok=True)  # a token that may not write is found out now, before anything is computed
             info = api.repo_info(self.repo)
-        names = sorted(sibling.rfilename for sibling in info.siblings or () if NAME.fullmatch(sibling.rfilename))
+        names = sorted(sibling.rfilename for sibling in info.siblings or () if is_kept(sibling.rfilename))
         download(self.repo, names, arrived, info.sha)
         return names
 
@@ -225,38 +232,57 @@ class FolderStore:
         if not path.is_file():
             return {}
         try:
-            return {str(name): str(digest) for name, digest in json.loads(path.read_text(encoding="utf-8")).items() if NAME.fullmatch(name)}
+            return {str(name): str(digest) for name, digest in json.loads(path.read_text(encoding="utf-8")).items() if is_kept(name)}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): empty the folder to start over") from error
 
+    def staged(self, name, digest):
+        """Where new content waits, beside the old, for the manifest that names it: a push that is cut short at any moment has happened whole or not at all."""
+        return (self.folder / name).with_name(f".{Path(name).name}.{digest[:16]}.new")
+
+    def settle(self):
+        """What a push was cut short in: put what the manifest names into its place, remove the rest -> the manifest."""
+        there = self.manifest()
+        for name, digest in there.items():
+            if self.staged(name, digest).is_file():
+                os.replace(self.staged(name, digest), self.folder / name)
+        for path in self.folder.rglob(".*.new"):
+            path.unlink()
+        return there
+
     def send(self, snapshot, names, message):
-        before, now = self.manifest(), {name: sha256_of(snapshot / name) for name in names}
+        before, now = self.settle(), {name: sha256_of(snapshot / name) for name in names}
         for name in names:
-            target = self.folder / name
-            if before.get(name) != now[name] or not target.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(f".{target.name}.partial")
-                shutil.copyfile(snapshot / name, partial)
-                os.replace(partial, target)
+            if before.get(name) != now[name] or not (self.folder / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(snapshot / name, self.staged(name, now[name]))
         gone = outdated(before, names)
         write_atomic(self.folder / MANIFEST, json.dumps({**{name: digest for name, digest in before.items() if name not in gone}, **now}, indent=1))
+        self.settle()
         for name in gone:
             (self.folder / name).unlink(missing_ok=True)
         print0(f"upload, {message}: {len(names)} files are in {self.folder}")
 
     def fetch(self, arrived):
-        names = []
-        for name, digest in self.manifest().items():
+        names, lost = [], []
+        for name, digest in self.settle().items():
             (arrived / name).parent.mkdir(parents=True, exist_ok=True)
             try:
                 shutil.copyfile(self.folder / name, arrived / name)
+                (names if sha256_of(arrived / name) == digest else lost).append(name)
             except FileNotFoundError:
-                continue
-            if sha256_of(arrived / name) == digest:
-                names.append(name)
-            else:
-                print0(f"{self.folder / name} does not have the SHA-256 that {MANIFEST} records: it is left out")
-        return names
+                lost.append(name)
+        for name in lost:
+            print0(f"{self.folder / name} is not there with the SHA-256 that {MANIFEST} records: it is left out, and the stages that may have made it run again")
+        return [name for name in names if not in_doubt(name, lost)]
+
+
+def in_doubt(name, lost):
+    """True for the stamp of a finished stage whose results may be among the lost files: of training its checkpoints, of the others, which are short, anything."""
+    if not lost or not re.fullmatch(r"stages/.*\.done", name):
+        return False
+    room = FOLDERS.get(name.removeprefix("stages/train-").removesuffix(".done"))
+    return room is None or any(one.startswith(f"{room}/") for one in lost)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     gs://BUCKET/runs/RUN/base_checkpoints/d4/model_000900.pt ...     the base directory's own layout
     gs://BUCKET/runs/RUN/manifest.json                               written last: what is in it is there, whole
 
+The lists below are the only ones: scripts/upload_to_gcs.py and hf_jobs/store.py, which keeps what a job must find again, go by them.
 The manifest of a stranger is read without trusting it.
 """
 import json
@@ -10,6 +11,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from nanochat.checkpoint_manager import FOLDERS, META
@@ -19,9 +21,15 @@ from nanochat.report import git_state
 MANIFEST = "manifest.json"
 ORIGIN = "run_origin"  # a file of the base directory with a random word: two runs under one name are told apart by it
 SHARD = re.compile(r"optim_\d{6,}_rank\d+\.pt")
+
+# What is at the top of a base directory, as names or patterns. Whatever a stage writes belongs into one of these (tests/test_hf_jobs_kept.py).
 RECORDS = ("tokenizer", "report", "runs", "logs", "eval", "base_eval", "reasoning", "interpretability", "contamination", "stages")
-LOOSE = ("identity_conversations.jsonl", "rs_cot.jsonl", "offline_manifest.json", "latest_*.json", "*.log")  # at the top of the base directory
-DATA = ("aqua",)                          # what --exclude-data leaves out; pretraining text is never sent, it can be had where it came from
+LOOSE = ("rs_cot*", "latest_*.json", "run_name", "*.log")
+SMALL_DATA = ("identity_conversations.jsonl", "offline_manifest.json")
+DATA = ("aqua",)                          # what --exclude-data leaves out
+NOT_KEPT = ("base_data", "eval_bundle", "eval_bundles", "dolci_stream", "dolci_think_800k.jsonl",  # large, and to be had where it came from
+            "hf_export", "hf_release",    # made from a checkpoint at any time
+            "wandb", "cloud", "chat_history", ".*")  # W&B's copy of runs/, rentals, what somebody typed; work in progress
 
 
 @dataclass
@@ -44,11 +52,9 @@ def plan(exclude_data=False, exclude_optimizer=False):
     for stage, folder in FOLDERS.items():
         for tag in sorted(path for path in (base / folder).glob("*") if path.is_dir()):
             add_checkpoints(found, base, stage, tag, exclude_optimizer)
-    for room in (*RECORDS, *(() if exclude_data else DATA)):
-        add_tree(found, base, base / room)
-    for pattern in LOOSE:
-        for path in sorted(base.glob(pattern)):
-            add_tree(found, base, path)
+    records, unfit = files_of(base, (*RECORDS, *(() if exclude_data else DATA), *LOOSE, *SMALL_DATA))
+    found.files |= records
+    found.torn += unfit
     return found
 
 
@@ -84,14 +90,29 @@ def add_checkpoints(found, base, stage, folder, exclude_optimizer):
             found.torn.append(f"{path.relative_to(base)} belongs to no whole checkpoint")
 
 
-def add_tree(found, base, place):
-    for path in [place] if place.is_file() else sorted(place.rglob("*")):
-        name = path.relative_to(base).as_posix()
-        if path.is_file() and not is_partial(path):
-            if safe_name(name):
-                found.files[name] = path
-            else:
-                found.torn.append(f"{name!r} has a name that not every system can hold")
+def files_of(base, patterns):
+    """The files of these places at the top of a base directory -> ({name: path}, in words those whose names cannot be sent)."""
+    files, unfit = {}, []
+    for place in (place for pattern in patterns for place in sorted(base.glob(pattern))):
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
+            name = path.relative_to(base).as_posix()
+            if path.is_file() and not is_partial(path):
+                if safe_name(name):
+                    files[name] = path
+                else:
+                    unfit.append(f"{name!r} has a name that not every system can hold")
+    return files, unfit
+
+
+def is_at(name, patterns):
+    """True for a name in one of these places."""
+    return any(fnmatchcase(name.partition("/")[0], pattern) for pattern in patterns)
+
+
+def unknown(base):
+    """What is at the top of a base directory and in none of the lists: nobody has said whether it belongs to the run."""
+    known = (*RECORDS, *FOLDERS.values(), *LOOSE, *SMALL_DATA, *DATA, *NOT_KEPT, ORIGIN)
+    return sorted(path.name for path in base.iterdir() if not is_at(path.name, known))
 
 
 def is_partial(path):
