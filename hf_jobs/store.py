@@ -15,6 +15,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 from nanochat.checkpoint_manager import FOLDERS, newest_whole
@@ -215,6 +216,17 @@ class HubStore:
         return names
 
 
+def folder_errors(method):
+    """A mounted bucket may fail for a while, as a network does: its OSError is a ValueError with a cause, which `patiently` tries again."""
+    @wraps(method)
+    def call(self, *arguments):
+        try:
+            return method(self, *arguments)
+        except OSError as error:
+            raise ValueError(f"{self} fails ({error}): is the bucket mounted, and may this job write there?") from error
+    return call
+
+
 class FolderStore:
     """A folder, for example of a mounted bucket. Its manifest is written last and names what is whole, with SHA-256."""
 
@@ -234,7 +246,7 @@ class FolderStore:
         try:
             return {str(name): str(digest) for name, digest in json.loads(path.read_text(encoding="utf-8")).items() if is_kept(name)}
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): empty the folder to start over") from error
+            raise ValueError(f"{path} is damaged ({error}): empty the folder to start over") from None  # trying again would not mend it
 
     def staged(self, name, digest):
         """Where new content waits, beside the old, for the manifest that names it: a push that is cut short at any moment has happened whole or not at all."""
@@ -250,6 +262,7 @@ class FolderStore:
             path.unlink()
         return there
 
+    @folder_errors
     def send(self, snapshot, names, message):
         before, now = self.settle(), {name: sha256_of(snapshot / name) for name in names}
         for name in names:
@@ -263,6 +276,7 @@ class FolderStore:
             (self.folder / name).unlink(missing_ok=True)
         print0(f"upload, {message}: {len(names)} files are in {self.folder}")
 
+    @folder_errors
     def fetch(self, arrived):
         names, lost = [], []
         for name, digest in self.settle().items():

@@ -1,5 +1,5 @@
 """The job scripts' knobs, and the store where results outlive a job's disk. Names in brackets are faults of the seed's scripts that must not exist here;
-test_hf_jobs_launch.py runs whole jobs.
+test_hf_jobs_kept.py asks what is in it, test_hf_jobs_launch.py and test_hf_jobs_whole.py run jobs.
 """
 import importlib
 import json

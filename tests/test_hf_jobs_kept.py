@@ -156,6 +156,24 @@ def test_a_push_that_is_cut_short_at_any_moment_has_happened_whole_or_not_at_all
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and len(seen) > 20
 
 
+def test_a_bucket_that_fails_for_a_while_is_tried_again_and_one_that_is_damaged_is_not(disk, monkeypatch, capsys):
+    write(disk.base, {"run_name": "r"})
+    failures, copy, waits = [OSError(5, "Input/output error"), PermissionError(13, "Permission denied")], shutil.copyfile, []
+
+    def copyfile(source, target):
+        if Path(target).is_relative_to(disk.kept) and failures:
+            raise failures.pop(0)
+        return copy(source, target)
+    monkeypatch.setattr(store.shutil, "copyfile", copyfile)
+    monkeypatch.setattr(store.time, "sleep", waits.append)
+    disk.push()
+    assert waits == list(store.WAITS[:2]) and "Input/output error" in capsys.readouterr().out and disk.pull() == {"run_name": "r"}
+    (disk.kept / store.MANIFEST).write_text("[")
+    with pytest.raises(ValueError, match="is damaged"):
+        disk.pull()
+    assert len(waits) == 2
+
+
 @pytest.mark.parametrize("lost, again", [
     ("base_checkpoints/d4/model_000004.pt", ["base-loss", "tokenizer", "train-base"]), ("mid_checkpoints/d4/model_000002.pt", ["base-loss", "tokenizer", "train-mid"]),
     ("tokenizer/tokenizer.json", ["base-loss", "tokenizer"]), ("report/base_loss.json", ["base-loss", "tokenizer"])])

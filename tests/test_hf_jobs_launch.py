@@ -1,5 +1,5 @@
-"""Whole jobs: the launcher, the real huggingface_hub client, a loopback Hub that runs what it is sent as a real process with a job's environment. Names in
-brackets are faults of the seed's scripts that must not exist here.
+"""Jobs from end to end: the launcher, the real huggingface_hub client, a loopback Hub that runs what it is sent as a real process with a job's environment.
+Names in brackets are faults of the seed's scripts that must not exist here. The stages are short ones; test_hf_jobs_whole.py has the real ones.
 """
 import hashlib
 import http.server
@@ -11,17 +11,15 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hf_jobs import jobs as hf_jobs, launch
-from tests.fakes.hub_jobs import ENDED, ROOT, Driver, JobsHub
+from tests.fakes.hub_jobs import LAUNCH, ROOT, Driver, JobsHub, launched, read_until
 
 WANDB_SECRET = "wandb-secret-5b1f0c77aa"
-LAUNCH = "hf_jobs.launch"
 QUICK = ("HF_BASE_ITERATIONS=5", "HF_SYNC_MINUTES=0")
 
 
@@ -173,32 +171,6 @@ def test_a_job_that_fails_names_its_stage_and_one_that_is_started_again_goes_on(
         "after tokenizer", "after the-end", "after report", "after the-end"]
 
 
-@contextmanager
-def launched(hub, tree, *flags):
-    """The launcher as its own process, from `tree`."""
-    environment = {**os.environ, **hub.env(hub.home)}
-    environment.pop("WANDB_API_KEY", None)
-    process = subprocess.Popen([sys.executable, "-m", LAUNCH, *flags], cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    impatience = threading.Timer(400, process.kill)  # whatever goes wrong, nobody waits for ever
-    impatience.start()
-    try:
-        yield process
-    finally:
-        impatience.cancel()
-        if process.poll() is None:
-            process.kill()
-        process.communicate(timeout=600)
-
-
-def read_until(process, text):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return "".join(lines)
-    raise AssertionError(f"{text!r} did not come:\n{''.join(lines)}")
-
-
 def test_ctrl_c_tells_how_to_cancel_or_cancels_and_a_second_job_with_the_same_results_is_refused(hub, tree, tmp_path):
     waiting = ("--flavor=cpu-basic", "--timeout=1h", "--name=long", "--env", f"WAITING={tmp_path / 'go'}", *QUICK)
     with launched(hub, tree, *waiting) as process:
@@ -346,46 +318,3 @@ def instant_sleep(folder):
     (folder / "bin/python3").write_text(f"#!/bin/bash\n{{ echo 'import time; time.sleep = lambda seconds: None'; cat; }} | exec {sys.executable} -\n")
     (folder / "bin/python3").chmod(0o755)
     return folder / "bin"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole pipeline
-
-TINY = ("HF_BASE_ITERATIONS=6", "HF_MID_ITERATIONS=4", "SFT_STEPS=4", "RL_STEPS=2", "HF_RL_EXAMPLES_PER_STEP=8", "HF_RL_NUM_SAMPLES=4", "HF_RL_EVAL_EXAMPLES=16",
-        "HF_SYNC_MINUTES=1", "BASE_ARGS=--depth=2 --n-embd=64 --save-every=2 --eval-tokens=4096 --sample-every=-1 --compile=False",
-        "MID_ARGS=--eval-tokens=4096 --compile=False", "SFT_ARGS=--eval-metrics-every=-1 --compile=False", "RL_ARGS=--preflight=-1",
-        "EVAL_ARGS=--max-problems=200 --control-problems=20")
-
-
-@pytest.mark.slow
-def test_the_full_pipeline_survives_the_loss_of_its_machine_and_rl_starts_from_its_result(tmp_path):
-    """The real run_aquarat_small.sh with tiny knobs: killed with its disk in mid training, started again, completed; then the RL job from what it left."""
-    order = ("--flavor=cpu-basic", "--timeout=10h", "--name=whole", "--env", *TINY)
-    with JobsHub(tmp_path / "repos") as hub:
-        hub.home = tmp_path / "home"
-        with launched(hub, ROOT, *order) as process:
-            read_until(process, "== train-mid:")
-            hub.newest.kill()
-            output = process.stdout.read()
-            assert process.wait(timeout=600) == 1 and "ERROR (killed)" in output
-        kept = tmp_path / "repos/me/whole"
-        assert (kept / "stages/train-base.done").is_file() and not (kept / "stages/train-mid.done").exists() and not hub.newest.folder.exists()
-        with launched(hub, ROOT, *order) as process:
-            output = process.stdout.read()
-            assert process.wait(timeout=600) == 0, output
-        for stage in ("tokenizer", "train-base", "base-loss"):
-            assert f"== {stage}: done before, skipped" in output
-        assert "== data: python" in output and "COMPLETED" in output
-        for room, step in (("base", 6), ("mid", 4), ("chatsft", 4), ("chatrl", 2)):
-            assert sorted(path.name for path in (kept / f"{room}_checkpoints/d4").iterdir()) == [f"meta_{step:06d}.json", f"model_{step:06d}.pt"]
-        assert "rl" in (kept / "report/report.md").read_text(encoding="utf-8") and (kept / "report/report.html").stat().st_size > 10_000
-        assert len(list((kept / "eval").glob("*_AQUA_test.json"))) == 4
-
-        status = [one for one in TINY if one.startswith(("RL_STEPS", "HF_RL", "EVAL"))]
-        with launched(hub, ROOT, "--script=bootstrap_and_train_rl.sh", "--flavor=cpu-basic", "--timeout=10h", "--name=rl", "--env", "SFT_REPO=me/whole", *status,
-                      "RL_ARGS=--preflight=-1 --device-batch-size=16") as process:
-            output = process.stdout.read()
-            assert process.wait(timeout=600) == 0, output
-        assert (tmp_path / "repos/me/rl/chatrl_checkpoints/d4/model_000002.pt").is_file()
-        assert (tmp_path / "repos/me/rl/chatsft_checkpoints/d4/model_000004.pt").read_bytes() == (kept / "chatsft_checkpoints/d4/model_000004.pt").read_bytes()
-        assert all(job.stage in ENDED for job in hub.jobs.values())

@@ -1,6 +1,7 @@
 """The Jobs half of the loopback Hub. A "job" is a real process with the job's environment in an empty folder, its log a stream of server-sent events.
 
-What an image would hold comes from `image_env`: where the packages are. A job that is killed loses its disk, as the real ones do.
+What an image would hold comes from `image_env`: where the packages are. A job that is killed loses its disk, as the real ones do. A bucket is a folder
+under `hub.buckets`, which bubblewrap mounts where a job asks for it.
 """
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -18,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 from tests.fakes.hub_upload import UploadHandler, UploadHub
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = "hf_jobs.launch"
 ENDED = ("COMPLETED", "ERROR", "CANCELED")
 
 
@@ -38,7 +41,7 @@ def now():
 class Job:
     """A process and what the API tells about it."""
 
-    def __init__(self, namespace, asked, folder, image_env):
+    def __init__(self, namespace, asked, folder, image_env, buckets):
         self.id = secrets.token_hex(12)  # no two hubs on this machine share one: a job's processes are found by it
         self.namespace, self.asked, self.folder = namespace, asked, Path(folder)
         self.lines, self.stage, self.message, self.created, self.began = [], "RUNNING", None, now(), time.monotonic()
@@ -50,8 +53,8 @@ class Job:
                        **image_env, **asked["environment"], **asked.get("secrets", {})}
         (self.folder / "home").mkdir()
         (self.folder / "cwd").mkdir()
-        self.process = subprocess.Popen(asked["command"], cwd=self.folder / "cwd", env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+        self.process = subprocess.Popen([*mounted(asked.get("volumes"), buckets), *asked["command"]], cwd=self.folder / "cwd", env=environment,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
         threading.Thread(target=self.read, daemon=True).start()
         self.timer = threading.Timer(asked.get("timeoutSeconds", 1800), self.kill, ["ERROR", "Job timeout"])
         self.timer.daemon = True
@@ -76,21 +79,21 @@ class Job:
         """Every process of the job at once, as when its machine dies; then its disk."""
         self.end(stage, message)
         deadline = time.monotonic() + 60
-        while (alive := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self.owns(pid)]) and time.monotonic() < deadline:
-            for pid in alive:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+        while self.send(signal.SIGKILL) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.process.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def owns(self, pid):
-        try:
-            return f"JOB_ID={self.id}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            return False
+    def send(self, number, word=""):
+        """A signal to each of its processes whose command line holds the word -> how many there are."""
+        mine = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and f"JOB_ID={self.id}" in words(pid, "environ")]
+        found = [pid for pid in mine if word in " ".join(words(pid, "cmdline"))]
+        for pid in found:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        return len(found)
 
     def wait_for(self, test, seconds=600):
         """Until `test(lines)` is true or the job has ended -> whether it is true."""
@@ -104,6 +107,33 @@ class Job:
                 "environment": self.asked["environment"], "flavor": self.asked["flavor"], "labels": self.asked.get("labels"),
                 "status": {"stage": self.stage, "message": self.message}, "durations": {"schedulingSecs": 1, "runningSecs": seconds, "totalSecs": seconds + 1},
                 "owner": {"id": "1", "name": self.namespace, "type": "user"}}
+
+
+def words(pid, name):
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def mounted(volumes, buckets):
+    """What to put before a command that shall see these buckets at their places, and everything else of this machine as it is."""
+    if not volumes:
+        return []
+    command = ["bwrap"]
+    for place in sorted(Path("/").iterdir()):
+        if place.is_symlink():
+            command += ["--symlink", os.readlink(place), str(place)]
+        elif place.is_dir():
+            command += ["--dev-bind", str(place), str(place)]
+    for volume in volumes:
+        assert volume["type"] == "bucket" and not volume.get("readOnly")
+        command += ["--bind", str(buckets[volume["source"]]), volume["mountPath"]]
+    return [*command, "--"]
+
+
+def can_mount():
+    return shutil.which("bwrap") is not None and subprocess.run(["bwrap", "--dev-bind", "/", "/", "true"], capture_output=True).returncode == 0
 
 
 class JobsHandler(UploadHandler):
@@ -130,7 +160,7 @@ class JobsHandler(UploadHandler):
         if any(not value for value in asked.get("secrets", {}).values()):
             return self.refuse(400, "EmptySecret")
         with self.hub.lock:
-            job = Job(namespace, asked, self.hub.root.parent / "jobs" / str(len(self.hub.jobs) + 1), self.hub.image_env)
+            job = Job(namespace, asked, self.hub.root.parent / "jobs" / str(len(self.hub.jobs) + 1), self.hub.image_env, self.hub.buckets)
             self.hub.jobs[job.id] = job
         self.reply_json(job.info())
 
@@ -182,7 +212,8 @@ class JobsHandler(UploadHandler):
         self.wfile.flush()
 
     def create_bucket(self, namespace, name, body):
-        self.hub.buckets.add(f"{namespace}/{name}")
+        folder = self.hub.buckets[f"{namespace}/{name}"] = self.hub.root.parent / "buckets" / namespace / name
+        folder.mkdir(parents=True, exist_ok=True)
         self.reply_json({"url": f"{self.hub.url}/buckets/{namespace}/{name}", "id": f"{namespace}/{name}"})
 
     def revision(self, kind, repo, revision="main"):
@@ -208,12 +239,12 @@ class JobsHandler(UploadHandler):
 
 
 class JobsHub(UploadHub):
-    """UploadHub that runs jobs: `hub.jobs` {id: Job}; `hub.refusal` (status, message) refuses new ones."""
+    """UploadHub that runs jobs: `hub.jobs` {id: Job}; `hub.refusal` (status, message) refuses new ones; `hub.buckets` {name: folder}."""
     handler = JobsHandler
 
     def __init__(self, root, image_env=None):
         super().__init__(root)
-        self.jobs, self.buckets, self.refusal, self.cut_logs = {}, set(), None, 0
+        self.jobs, self.buckets, self.refusal, self.cut_logs = {}, {}, None, 0
         self.image_env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "USE_ACTIVE_ENV": "1", "PRESET": "cpu", "OMP_NUM_THREADS": "1", **(image_env or {})}
 
     def __enter__(self):
@@ -272,3 +303,29 @@ class Driver:
         self.process.stdin.write(json.dumps([{"HF_TOKEN": "hf_fake", **variables}, str(root or ROOT), module, list(argv)]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
+
+
+@contextmanager
+def launched(hub, tree, *flags, patience=400):
+    """The launcher as its own process, from `tree`; after that many seconds it is killed, so that nobody waits for ever."""
+    environment = {**os.environ, **hub.env(hub.home)}
+    environment.pop("WANDB_API_KEY", None)
+    process = subprocess.Popen([sys.executable, "-m", LAUNCH, *flags], cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    impatience = threading.Timer(patience, process.kill)
+    impatience.start()
+    try:
+        yield process
+    finally:
+        impatience.cancel()
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=600)
+
+
+def read_until(process, text):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} did not come:\n{''.join(lines)}")
