@@ -1,6 +1,7 @@
 """What tests/test_sharding.py asks of ranks, all in one start of torchrun: python -m tests.sharded FOLDER RESULT.json"""
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -10,8 +11,14 @@ import torch
 from nanochat.common import compute_cleanup, compute_init
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import MuonAdamW
-from nanochat.sharding import load_tensors, place, whole_model, whole_tensors
+from nanochat.rl import update
+from nanochat.rl.algorithm import ALGORITHMS
+from nanochat.rl.rollout import Rollout
+from nanochat.rl.update import Objective, gradient_pass, learn, prepare
+from nanochat.sharding import load_tensors, place, refill, whole_model, whole_tensors
+from tasks.aqua import LetterTask
 from tests import pipeline
+from tests.test_chat_grpo import lively_rewards
 
 STEPS = 5
 
@@ -31,15 +38,23 @@ def train(compute, shard, micro_batches=1, dtype=torch.float32):
             curve.append(loss.item())
         with torch.no_grad():
             model(tokens[:, :-1], tokens[:, 1:])  # an evaluation between gradient and update leaves no whole weights behind
-        held = sum(numbers(weight) + numbers(weight.grad) for weight in model.parameters())
+        held = weights_and_gradients(model)
         curve.append(optimizer.step(grad_clip=0.5))
         optimizer.zero_grad()
-    held += sum(value.numel() for bundle in optimizer.bundles for value in bundle.state.values() if isinstance(value, torch.Tensor))
-    return {"model": model, "curve": curve, "weights": whole_tensors(model), "state": optimizer.state_dict(), "bytes": 4 * held}
+    return {"model": model, "curve": curve, "weights": whole_tensors(model), "state": optimizer.state_dict(), "bytes": held + state_of(optimizer)}
 
 
-def numbers(tensor):
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+def weights_and_gradients(model):
+    return bytes_here([*model.parameters(), *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+
+
+def state_of(optimizer):
+    return bytes_here([value for bundle in optimizer.bundles for value in bundle.state.values() if isinstance(value, torch.Tensor)])
+
+
+def bytes_here(tensors):
+    """What this rank holds of them."""
+    return sum(part.numel() * part.element_size() for part in (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors))
 
 
 def differences(one, other):
@@ -67,6 +82,105 @@ def steps_of_a_model(compute):
     return result
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reinforcement learning
+
+def judged_groups(teaching):
+    """Six groups of four rollouts, the same on every rank; those at the places `teaching` hold right and wrong answers."""
+    draw, groups = random.Random(0), []
+    for where in range(6):
+        prompt = [draw.randrange(61) for _ in range(draw.randint(2, 6))]
+        answers = [[draw.randrange(61) for _ in range(draw.randint(1, 9))] for _ in range(4)]
+        groups.append([Rollout(prompt, tokens, [1] * len(tokens), [-4.0] * len(tokens), "", "stop",
+                               {"correct": float(where in teaching and i % 2), "format": 0.1 * (i == 2)}, place=where) for i, tokens in enumerate(answers)])
+    return groups
+
+
+def reinforce(compute, shard, teaching, device_batch_size=100, minibatches=1, epochs=2, dtype=torch.float32, steps=1, **objective):
+    """A step or two of RL on every second group each -> what there is to compare."""
+    model = GPT(config_from_depth(2, 61, 32, n_embd=32, head_dim=16), dtype)
+    model.init_weights()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if not weight.any():  # else half of the model has no gradient at first
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    reference = GPT(model.config, dtype)
+    reference.load_state_dict(model.state_dict())
+    model = place(model, compute, shard)
+    optimizer, policy, objective = MuonAdamW(model, compute), whole_model(model, compute), Objective(1.0, max_new_tokens=9, **objective)
+    groups, curve = judged_groups(teaching)[compute.rank::2], []
+    for step in range(steps):
+        parts = prepare(groups, objective, policy, reference, compute, device_batch_size, 0, minibatches, str(step))
+        learned = learn(model, optimizer, parts, objective, compute, step, 0.05, 1.0, epochs, reference)
+        curve += [learned[name] for name in sorted(learned)]
+        refill(policy, model)
+    gradient_pass(model, parts[0], objective, compute, reference)
+    return {"model": model, "policy": policy, "curve": curve, "weights": whole_tensors(model), "state": optimizer.state_dict(), "updates": learned["train/updates"],
+            "bytes": weights_and_gradients(model) + state_of(optimizer), "passes": compute.gather_objects([len(part) for part in parts])}
+
+
+def both_ways(compute, **settings):
+    none, full = (reinforce(compute, shard, **settings) for shard in ("none", "full"))
+    copies = max(float((full["policy"].state_dict()[name] - weight.to(full["policy"].compute_dtype)).abs().max()) for name, weight in full["weights"].items())
+    return {**differences(none, full), "passes": full["passes"], "updates": full["updates"], "copy": copies, "bytes": {"none": none["bytes"], "full": full["bytes"]}}
+
+
+def steps_of_a_policy(compute):
+    """{case: both_ways}; the ranks hold the groups at even and at odd places."""
+    silent, unequal = (0, 2, 4), (0, 1, 2, 4)
+    found = {f"exact {algorithm}": both_ways(compute, teaching=(0, 1), algorithm=algorithm) for algorithm in ALGORITHMS}
+    found["exact top_k"] = both_ways(compute, teaching=(0, 1), epochs=1, top_k=7)
+    for mode in update.KL_MODES:
+        kl = {"algorithm": "grpo", "kl_coef": 0.1, "kl_mode": mode, "minibatches": 2}
+        found[f"exact {mode}, a silent rank"] = both_ways(compute, teaching=silent, steps=2, **kl)
+        found[f"near {mode}, unequal passes"] = both_ways(compute, teaching=unequal, device_batch_size=3, **kl)
+    found["near bfloat16"] = both_ways(compute, teaching=unequal, device_batch_size=3, algorithm="grpo", dtype=torch.bfloat16, epochs=1)
+    return found
+
+
+def reinforcement(folder):
+    """chat_rl and chat_grpo on two ranks, whole and divided, with a reward that an untrained model meets now and then; their last steps again,
+    resumed in the other way and in the same; and one step of many passes -> how many this rank made of itself in each update of these two runs."""
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
+    LetterTask.rewards = lively_rewards
+    passes = []
+
+    def counted(model, batches, *rest):
+        passes.append(len(batches))
+        return gradient_pass(model, batches, *rest)
+
+    def run(stage, tag, shard, **changes):
+        pipeline.run_stage(stage, model_tag="d2", output_tag=tag, shard=shard, **changes)
+
+    rl = {"device_batch_size": 64, "kl_every": 2, "preflight": 4, "attn_every": -1}  # one pass per update: the same bits
+    grpo = {"device_batch_size": 64, "num_steps": 2, "save_every": 1}
+    for way in ("none", "full"):
+        run("rl", f"rl-{way}", way, **rl)
+        run("grpo", f"grpo-{way}", way, **grpo)
+    run("rl", "half-full", "full", **{**rl, "dtype": "bfloat16", "max_steps": 1, "attn_every": 1})
+    for stage, knobs, last, first, then in (("rl", rl, 6, "full", "full"), ("rl", rl, 6, "full", "none"), ("rl", rl, 6, "none", "full"), ("grpo", grpo, 2, "full", "full")):
+        forget_the_end(folder / "chatrl_checkpoints" / f"{stage}-{first}", last)
+        run(stage, f"{stage}-{first}", then, resume=True, **knobs)
+    update.gradient_pass = counted
+    for way in ("none", "full"):
+        run("grpo", f"passes-{way}", way, num_steps=1, device_batch_size=3, examples_per_step=4, dynamic_sampling=False, kl_mode="exact")
+    return passes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole stages
+
+def forget_the_end(place, step):
+    """As if a kill had come before this step was saved; its weights stay as kept.pt."""
+    if os.environ["RANK"] == "0":
+        shutil.move(place / f"model_{step:06d}.pt", place / "kept.pt")
+        for path in place.glob(f"*_{step:06d}*"):
+            path.unlink()
+    compute = compute_init("cpu")
+    compute.barrier()
+    compute_cleanup()
+
+
 def stages(folder):
     """base, mid and SFT divided, from one folder; and base again that changes its way in the middle, both ways."""
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)
@@ -76,23 +190,21 @@ def stages(folder):
     for first, then in (("full", "none"), ("none", "full"), ("full", "full")):
         place = folder / "base_checkpoints" / f"{first}-{then}"
         pipeline.run_stage("base", model_tag=place.name, shard=first)
-        if os.environ["RANK"] == "0":
-            shutil.move(place / "model_000006.pt", place / "kept.pt")  # as if a kill had come after step 4
-            for path in place.glob("*_000006*"):
-                path.unlink()
-        compute = compute_init("cpu")
-        compute.barrier()
-        compute_cleanup()
+        forget_the_end(place, 6)
         pipeline.run_stage("base", model_tag=place.name, shard=then, resume=True)
 
 
 def main(folder, result):
     compute = compute_init("cpu", "float32")
-    found = steps_of_a_model(compute)
+    found = steps_of_a_model(compute) | {"policy": steps_of_a_policy(compute)}
+    compute_cleanup()
+    stages(Path(folder))
+    passes = reinforcement(Path(folder))
+    compute = compute_init("cpu", "float32")
+    found["passes"] = compute.gather_objects(passes)
     compute_cleanup()
     if compute.is_master:
         Path(result).write_text(json.dumps(found))
-    stages(Path(folder))
 
 
 if __name__ == "__main__":

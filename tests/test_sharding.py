@@ -61,6 +61,60 @@ def test_a_run_may_go_from_divided_to_whole_and_back_and_ends_at_the_same_bits(r
     assert all(equal(ends[0], end) for end in ends[1:])
 
 
+def numbers_of(folder, tag):
+    """{(step, name): number} of all that an RL run logged but what a clock says."""
+    found = {}
+    for record in map(json.loads, (folder / "runs" / f"rl_{tag}.jsonl").read_text().splitlines()):
+        if "step" in record:
+            found |= {(record["step"], name): value for name, value in record.items() if not name.startswith(("time", "tokens_per_s", "text", "image"))}
+    return found
+
+
+def test_a_divided_policy_takes_the_same_steps_bit_by_bit_under_every_algorithm_and_kl(ran):
+    """Also where one rank has nothing to learn from; where ranks make several passes, and not equally many, the sums run in another order."""
+    for case, found in ran[0]["policy"].items():
+        assert found["copy"] == 0 and found["updates"] == (4 if "," in case else 1 if case in ("exact top_k", "near bfloat16") else 2), case
+        if case.startswith("exact"):
+            assert (found["curve"], found["weights"], found["state"]) == (0, 0, 0), case
+        else:
+            assert found["curve"] < 1e-4 and found["weights"] < 1e-4 and found["state"] < 1e-6, (case, found)
+        if "silent" in case:
+            assert all(found["passes"][0]) and not any(found["passes"][1]), case
+        if "unequal" in case:
+            assert sum(found["passes"][0]) > sum(found["passes"][1]) > 0, case
+        assert found["bytes"]["full"] < 0.63 * found["bytes"]["none"], case
+
+
+def test_chat_rl_and_chat_grpo_divided_end_at_the_bits_of_whole_ones(ran):
+    _, folder, output = ran
+    for stage, last in (("rl", 6), ("grpo", 2)):
+        none, full = numbers_of(folder, f"{stage}-none"), numbers_of(folder, f"{stage}-full")
+        assert none == full and {"train/loss", "kl", "entropy", "grad_norm"} <= {name for _, name in none}
+        assert equal(*(checkpoint(folder, "rl", last, f"{stage}-{way}") for way in ("none", "full")))
+        assert not equal(checkpoint(folder, "rl", last, f"{stage}-full"), checkpoint(folder, "sft"))
+    assert numbers_of(folder, "rl-full")[0, "kl"] == numbers_of(folder, "half-full")[0, "kl"] == 0 < numbers_of(folder, "half-full")[0, "attn/entropy_mean"]
+    assert output.count("KL to the reference per token") == 3
+
+
+def test_reinforcement_may_go_from_divided_to_whole_and_back_and_ends_at_the_same_bits(ran):
+    _, folder, output = ran
+    for tag, last, times in (("rl-full", 6, 2), ("rl-none", 6, 1), ("grpo-full", 2, 1)):
+        assert output.count(f"resuming rl {tag} at step {4 if last == 6 else 1}") == times
+        assert equal(torch.load(folder / "chatrl_checkpoints" / tag / "kept.pt", weights_only=True), checkpoint(folder, "rl", last, tag))
+
+
+def test_ranks_of_a_grpo_step_whose_groups_teach_more_or_less_make_equally_many_passes(ran):
+    found, folder, _ = ran
+    one, other = found["passes"]
+    assert len(one) == len(other) == 8 and 0 in one and 0 in other and any(one) and any(other)  # twice two epochs of two minibatches
+    none, full = (checkpoint(folder, "rl", 1, f"passes-{way}") for way in ("none", "full"))
+    for name in none:
+        torch.testing.assert_close(full[name], none[name], rtol=0, atol=1e-5)
+    numbers = numbers_of(folder, "passes-none")
+    assert numbers_of(folder, "passes-full") == pytest.approx(numbers, abs=1e-5)
+    assert numbers[0, "train/updates"] == 4
+
+
 @pytest.mark.slow
 def test_a_divided_model_can_be_compiled(ran, tmp_path):
     """Block by block: base again, and the curve of the eager run to 1e-4."""
