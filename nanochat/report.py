@@ -23,6 +23,7 @@ import torch
 from nanochat.common import base_dir, write_atomic
 from nanochat.configurator import parse
 from nanochat.run_logger import read_log
+from nanochat.statistics import wilson_interval
 
 SECTION_ORDER = ("tok_train", "tok_eval", "base", "base_loss", "base_eval", "mid", "sft", "rl")
 STAGES = ("base", "mid", "sft", "rl")
@@ -156,8 +157,8 @@ def read_eval(path, missing):
                                                             "parse_failures", "letters_pred", "letters_gold", "mean_tokens")} | metrics
     row["time"] = row.get("time") or path.stat().st_mtime
     metrics = row["metrics"]
-    if is_number(metrics["accuracy"]) and not is_number(metrics["ci_low"]) and row["n"]:
-        metrics["ci_low"], metrics["ci_high"] = wilson(metrics["accuracy"], row["n"])
+    if is_number(metrics["accuracy"]) and 0 <= metrics["accuracy"] <= 1 and not is_number(metrics["ci_low"]) and is_number(row["n"]) and row["n"] > 0:
+        metrics["ci_low"], metrics["ci_high"] = wilson_interval(metrics["accuracy"] * row["n"], row["n"])
     return row
 
 
@@ -195,13 +196,6 @@ def stage_place(row):
 
 def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def wilson(share, n, z=1.96):
-    """The 95 % interval of a share of n trials (Wilson 1927); unlike share +- 2 sigma it never leaves [0, 1]."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
 
 
 def series(run, name):

@@ -11,8 +11,9 @@ from html import escape as escape_html
 import matplotlib
 from matplotlib.figure import Figure
 
-from nanochat.report import is_number, percent, series, wilson
+from nanochat.report import is_number, percent, series
 from nanochat.run_logger import visible
+from nanochat.statistics import wilson_interval
 
 INK, MUTED, FAINT, RULE = "#1c2733", "#5f6c7b", "#a9b4c0", "#e4e8ed"
 STAGE_COLORS = {"base": "#7a8797", "mid": "#2b8a83", "sft": "#2f6db5", "rl": "#cf5b36"}
@@ -287,7 +288,7 @@ def fifths(row):
         part = answers[place * len(answers) // 5:(place + 1) * len(answers) // 5]
         if part:
             share = sum(bool(answer["correct"]) for answer in part) / len(part)
-            points.append((part[len(part) // 2]["tokens"], share, *wilson(share, len(part))))
+            points.append((part[len(part) // 2]["tokens"], share, *wilson_interval(share * len(part), len(part))))
     return points
 
 

@@ -29,8 +29,8 @@ from nanochat.core_eval import choose_items, core_score, evaluate_task, task_num
 from nanochat.hf_model import HFScorer, folder_fingerprint, load_hf
 from nanochat.likelihood import GPTScorer
 from nanochat.report import add_section
+from nanochat.statistics import Z, mcnemar, percent, verdict, wilson_interval
 from tasks.common import load_jsonl
-from tasks.statistics import Z, mcnemar, percent, verdict, wilson_interval
 
 BATCH_TOKENS = {"cuda": 65536}                          # of one pass; on other devices what stays near the caches
 

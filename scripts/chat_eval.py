@@ -20,11 +20,11 @@ from nanochat.common import base_dir, compute_cleanup, compute_init, print0, wri
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.report import add_section
+from nanochat.statistics import Z, centred, percent, verdict
 from tasks.answers import Answers, compare_answers, find_answers
 from tasks.evaluation import Settings, evaluate
 from tasks.evaluation_sets import CHATCORE, RUNS_CODE, check_judgement, default_split, load_evaluation
 from tasks.metrics import GROUPS, summarize
-from tasks.statistics import Z, centred, percent, verdict
 
 COLLAPSED = 0.8                                         # share of one letter from which a model no longer chooses
 MAX_SAMPLES = 8                                         # problems with answers that the summary holds for the report

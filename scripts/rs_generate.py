@@ -21,9 +21,9 @@ from nanochat.common import base_dir, compute_cleanup, compute_init, print0, wri
 from nanochat.configurator import config_dict, parse
 from nanochat.engine import Engine, Request, message_parts
 from nanochat.report import add_section
+from nanochat.statistics import accuracy_interval, percent
 from tasks.aqua import permuted
 from tasks.common import get_task, load_jsonl, message_text
-from tasks.statistics import accuracy_interval, percent
 
 TRAIN_SPLITS = ("train", "auxiliary_train")
 

@@ -4,9 +4,9 @@ from collections import Counter
 from pathlib import Path
 
 from nanochat.common import base_dir, write_atomic
+from nanochat.statistics import compare
 from tasks.common import load_jsonl
 from tasks.metrics import score
-from tasks.statistics import compare
 
 
 class Answers:

@@ -6,16 +6,16 @@
      "controls": {"blind": {"answer", "correct", "choice"}, "shift 1": ..., ...}}
 
 Only index, prompt and gold are always there. With "scored": "letter" the letter read counts, not what was written; "chance" is what
-guessing scores on this problem; level, subject, subtask and kind group the problems. The statistics are in tasks/statistics.py.
+guessing scores on this problem; level, subject, subtask and kind group the problems. The statistics are in nanochat/statistics.py.
 """
 import math
 from collections import Counter
 
 import numpy as np
 
+from nanochat.statistics import (accuracy_interval, clustered_error, confusion, majority_at_k, mcnemar, most_common, pass_at_k, powers_of_two,
+                                 wilson_interval)
 from tasks.aqua import split_choices
-from tasks.statistics import (accuracy_interval, clustered_error, confusion, majority_at_k, mcnemar, most_common, pass_at_k, powers_of_two,
-                              wilson_interval)
 
 
 GROUPS = ("level", "subject", "subtask", "kind")        # what a conversation may say about its problem

@@ -17,9 +17,9 @@ from itertools import combinations
 
 import numpy as np
 
+from nanochat.statistics import accuracy_interval, compare, paired_bootstrap, percent
 from tasks.evaluation import Settings, evaluate, letter_logprobs, reasoning_of
 from tasks.metrics import answers_of, choose, summarize
-from tasks.statistics import accuracy_interval, compare, paired_bootstrap, percent
 
 SHARES = (75, 50, 25)                                   # per cent of the rationale's tokens
 OWN, NONE, OTHER, WRITTEN, UNFINISHED = "own", "none", "another's", "written", "own but the last line"

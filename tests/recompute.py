@@ -2,7 +2,7 @@
 
     python -m tests.recompute EVAL.json [EVAL_answers.jsonl]        # prints what differs; exit status 1 if anything does
 
-It imports none of tasks/statistics.py, tasks/metrics.py and tasks/evaluation.py, and counts where they use formulas, so that an error
+It imports none of nanochat/statistics.py, tasks/metrics.py and tasks/evaluation.py, and counts where they use formulas, so that an error
 there is seen here. A number of the summary that it does not know is an error too.
 """
 import itertools

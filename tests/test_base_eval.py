@@ -22,8 +22,8 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.configurator import parse
 from nanochat.core_bundle import find_bundle, load_bundle
 from nanochat.huggingface.folder import write_folder
+from nanochat.statistics import wilson_interval
 from scripts import base_eval, base_loss
-from tasks.statistics import wilson_interval
 from tests.checkpoints import save_small
 from tests.fakes.hub import FakeHub
 from tests.test_core_eval import write_bundle

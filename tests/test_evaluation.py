@@ -20,6 +20,8 @@ from nanochat.common import Compute
 from nanochat.configurator import parse
 from nanochat.engine import Completion, Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.statistics import (accuracy_interval, centred, clustered_error, compare, confusion, majority_at_k, majority_share, mcnemar, most_common,
+                                 paired_bootstrap, paired_permutation, pass_at_k, percent, powers_of_two, verdict, wilson_interval)
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import LoopState
 from scripts import chat_eval
@@ -27,8 +29,6 @@ from tasks.aqua import split_choices
 from tasks.common import get_task, message_text
 from tasks.evaluation import Settings, answer_tokens, evaluate, letter_logprobs, quick_accuracy, variants
 from tasks.metrics import summarize
-from tasks.statistics import (accuracy_interval, centred, clustered_error, compare, confusion, majority_at_k, majority_share, mcnemar, most_common,
-                              paired_bootstrap, paired_permutation, pass_at_k, percent, powers_of_two, verdict, wilson_interval)
 from tests import recompute
 
 ROOT = Path(__file__).parents[1]

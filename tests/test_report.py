@@ -12,7 +12,7 @@ import torch
 
 from nanochat import report
 from nanochat.common import Compute
-from nanochat.report import Config, add_section, collect, markdown_page, result_row, sparkline, summary, verdict, wilson
+from nanochat.report import Config, add_section, collect, markdown_page, result_row, sparkline, summary, verdict
 from nanochat.report_page import html_page
 from nanochat.report_plots import fifths, running_mean
 from nanochat.run_logger import RunLogger
@@ -186,12 +186,6 @@ def test_the_three_commands_run_from_the_command_line(base, tmp_path, monkeypatc
 def test_a_section_name_cannot_leave_the_folder():
     with pytest.raises(ValueError, match="section name"):
         add_section("../evil", "text")
-
-
-def test_wilson_on_numbers_from_the_literature():
-    low, high = wilson(0.5, 100)
-    assert low == pytest.approx(0.4038, abs=1e-3) and high == pytest.approx(0.5962, abs=1e-3)
-    assert wilson(0.0, 10)[0] == pytest.approx(0.0) and wilson(1.0, 10)[1] == pytest.approx(1.0)
 
 
 def test_smoothing_keeps_a_straight_line_straight_but_for_its_end_and_sparklines_span_their_range():

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from nanochat.common import DTYPES, base_dir, compute_cleanup, compute_init, print0, write_atomic  # noqa: E402
+from nanochat.statistics import accuracy_interval, compare, percent  # noqa: E402
 from nanochat.training import seed_everything  # noqa: E402
 from tasks.common import message_text  # noqa: E402
-from tasks.statistics import accuracy_interval, compare, percent  # noqa: E402
 from dev.integration_training.base_config import load  # noqa: E402
 from dev.integration_training.rollouts import checkpoints, run_rl_training, run_sft_training  # noqa: E402
 from dev.integration_training.rollouts.backends import check_rates  # noqa: E402

@@ -11,11 +11,11 @@ from nanochat.rl.rollout import Sampler, make_batches
 from nanochat.rl.update import Objective, set_advantages
 from nanochat.run_logger import RunLogger
 from nanochat.schedules import cosine, linear_decay, warmup
+from nanochat.statistics import Z, clustered_error
 from nanochat.training import accumulate, every, optimizer_step
 from tasks.aqua import extract_answer
 from tasks.evaluation import Settings, evaluate
 from tasks.metrics import score, summarize
-from tasks.statistics import Z, clustered_error
 from dev.integration_training.rollouts import checkpoints
 from dev.integration_training.rollouts.backends import check_rates, make_backend
 from dev.integration_training.rollouts.datasets import build_mixture
