@@ -29,14 +29,14 @@ if [ "$PRESET" = cpu ]; then
                      --eval-every=300 --eval-tokens=65536 --sample-every=450 --save-every=300 ${BASE_ARGS:-}
     stage base-loss  python -m scripts.base_loss --model-tag="$TAG" --split-tokens=65536
     stage train-mid  $LAUNCH scripts.mid_train --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --embedding-lr=0.05 --num-iterations="${MID_STEPS:-200}" \
-                     --eval-every=100 --save-every=100 ${MID_ARGS:-}
+                     --compile=False --eval-every=100 --save-every=100 ${MID_ARGS:-}
     stage train-sft  $LAUNCH scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --embedding-lr=0.05 \
-                     --init-lr-frac=0.1 --num-iterations="${SFT_STEPS:-60}" --eval-every=30 --eval-metrics-every=60 --max-new-tokens=64 --save-every=30 ${SFT_ARGS:-}
-    stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-200}" --num-samples=16 --examples-per-step=32 \
-                     --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=512 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --save-every=30 ${RL_ARGS:-}
+                     --init-lr-frac=0.1 --num-iterations="${SFT_STEPS:-60}" --compile=False --eval-every=30 --eval-metrics-every=60 --max-new-tokens=64 --save-every=30 ${SFT_ARGS:-}
+    stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-200}" --num-samples=16 --examples-per-step=24 \
+                     --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=384 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --kl-every=40 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
-        case $source in sft|rl) controls="--controls --control-problems=500" ;; *) controls= ;; esac  # before SFT there is little to control
-        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $controls ${EVAL_ARGS:-}
+        case $source in sft|rl) how="--controls --control-problems=500" ;; *) how=--max-problems=1000 ;; esac  # before SFT there is little to know
+        stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $how ${EVAL_ARGS:-}
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA_test" "rl_${TAG}_AQUA_test"
     stage reasoning  python -m scripts.reasoning_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 --max-problems=500

@@ -172,6 +172,11 @@ class GPT(nn.Module):
             return
         self.fused_blocks = torch.compile(self.run_blocks, dynamic=False)
 
+    @property
+    def fuses(self):
+        """Whether a pass made now uses the compiled code. On a CPU one without gradients does not: half a minute of compiling it for a few evaluations."""
+        return self.compiled and (torch.is_grad_enabled() or self.device.type != "cpu")
+
     def run_blocks(self, x, cos, sin, kv_cache=None, mask=None):
         x = norm(x)
         for block in self.transformer.h:
@@ -192,8 +197,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(inputs).to(self.compute_dtype)
         cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
         if kv_cache is None:
-            return (self.fused_blocks if self.compiled else self.run_blocks)(x, cos, sin, None, document_mask(documents))
-        x = (self.fused_blocks if self.compiled and getattr(kv_cache, "is_compilable", False) else self.run_blocks)(x, cos, sin, kv_cache)
+            return (self.fused_blocks if self.fuses else self.run_blocks)(x, cos, sin, None, document_mask(documents))
+        x = (self.fused_blocks if self.fuses and getattr(kv_cache, "is_compilable", False) else self.run_blocks)(x, cos, sin, kv_cache)
         kv_cache.advance(T)
         return x
 
@@ -210,7 +215,7 @@ class GPT(nn.Module):
         if loss_reduction == "none":
             return -self.logprobs_of_hidden(hidden, targets)
         wanted = targets != -1
-        total = summed_loss(hidden[wanted], self.lm_head.weight, targets[wanted], self.compiled)
+        total = summed_loss(hidden[wanted], self.lm_head.weight, targets[wanted], self.fuses)
         return total if loss_reduction == "sum" else total / wanted.sum()
 
     def as_forward(self, function):
@@ -225,7 +230,7 @@ class GPT(nn.Module):
     def logprobs_of_hidden(self, hidden, targets, temperature=1.0):
         wanted = targets != -1
         result = torch.zeros(targets.shape, device=hidden.device)
-        result[wanted] = target_logprobs(hidden[wanted], self.lm_head.weight, targets[wanted], temperature, self.compiled)
+        result[wanted] = target_logprobs(hidden[wanted], self.lm_head.weight, targets[wanted], temperature, self.fuses)
         return result
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 def capped(raw):
     """Raw logits -> float32 logits in (-15, 15); float64 stays what it is."""
-    return SOFTCAP * torch.tanh(raw.to(torch.promote_types(raw.dtype, torch.float32)) / SOFTCAP)
+    return (raw.to(torch.promote_types(raw.dtype, torch.float32)) / SOFTCAP).tanh() * SOFTCAP
 
 
 def chunk_logprobs(raw, targets, temperature):
@@ -27,11 +27,13 @@ def chunk_logprobs(raw, targets, temperature):
 
 
 def chunk_gradient(raw, targets, normalizer, grad_logprobs, temperature):
-    """d(sum of grad_logprobs * logprobs) / d raw, in raw's dtype: through log-softmax, the temperature, the cap."""
-    tanh = torch.tanh(raw.float() / SOFTCAP)
-    probs = torch.exp(SOFTCAP * tanh / temperature - normalizer[:, None])
-    hit = torch.arange(raw.size(1), device=raw.device)[None] == targets[:, None]
-    return ((hit.float() - probs) * grad_logprobs[:, None] * (1 - tanh * tanh) / temperature).to(raw.dtype)
+    """d(sum of grad_logprobs * logprobs) / d raw, in raw's dtype: through log-softmax, the temperature, the cap. Eagerly, memory is what
+    costs: each line but two works in place."""
+    scale = (grad_logprobs / temperature)[:, None]
+    tanh = (raw.float() / SOFTCAP).tanh_()
+    grad = (tanh * (SOFTCAP / temperature)).sub_(normalizer[:, None]).exp_().mul_(-scale)
+    grad.scatter_add_(1, targets[:, None], scale)
+    return grad.addcmul_(grad, tanh.square_(), value=-1).to(raw.dtype)
 
 
 @lru_cache
