@@ -7,6 +7,7 @@ Kept are each stage's newest whole checkpoint (with its optimizer shards until t
 the stamps by which scripts/pipeline.sh knows what is done. Data is not kept and its stamps neither: it comes from a seed or the network again. The layout
 is the base directory's own, so scripts/fetch_checkpoint.py reads the repository.
 """
+import errno
 import fcntl
 import json
 import os
@@ -70,13 +71,14 @@ def watch(store, seconds):
 
 
 def patiently(action):
-    """The Hub may be away for minutes; a token or name that is refused will be refused again."""
+    """The Hub or a bucket may be away for minutes; what is refused will be refused again."""
     for wait in WAITS:
         try:
             return action()
         except ValueError as error:
             status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-            if status in (400, 401, 403, 404, 422) or error.__cause__ is None:
+            refused = status in (400, 401, 403, 404, 422) or getattr(error.__cause__, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if refused or error.__cause__ is None:
                 raise
             print0(f"upload: {error}; again in {wait} s")
             time.sleep(wait)
@@ -234,7 +236,6 @@ class FolderStore:
         self.folder = Path(folder)
         if not self.folder.is_absolute():
             raise ValueError(f"folder={folder!r} must be an absolute path")
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def __str__(self):
         return str(self.folder)
@@ -254,11 +255,12 @@ class FolderStore:
 
     def settle(self):
         """What a push was cut short in: put what the manifest names into its place, remove the rest -> the manifest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         there = self.manifest()
         for name, digest in there.items():
             if self.staged(name, digest).is_file():
                 os.replace(self.staged(name, digest), self.folder / name)
-        for path in self.folder.rglob(".*.new"):
+        for path in [path for ending in ("new", "partial") for path in self.folder.rglob(f".*.{ending}")]:
             path.unlink()
         return there
 
@@ -269,7 +271,7 @@ class FolderStore:
             if before.get(name) != now[name] or not (self.folder / name).is_file():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(snapshot / name, self.staged(name, now[name]))
-        gone = outdated(before, names)
+        gone = outdated({*before, *(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())}, names)
         write_atomic(self.folder / MANIFEST, json.dumps({**{name: digest for name, digest in before.items() if name not in gone}, **now}, indent=1))
         self.settle()
         for name in gone:
