@@ -96,8 +96,8 @@ def judged_groups(teaching):
     return groups
 
 
-def reinforce(compute, shard, teaching, device_batch_size=100, minibatches=1, epochs=2, dtype=torch.float32, steps=1, **objective):
-    """A step or two of RL on every second group each -> what there is to compare."""
+def reinforce(compute, shard, objectives, teaching, device_batch_size=100, minibatches=1, dtype=torch.float32):
+    """A step of RL for each objective, on every second group -> what there is to compare."""
     model = GPT(config_from_depth(2, 61, 32, n_embd=32, head_dim=16), dtype)
     model.init_weights()
     generator = torch.Generator().manual_seed(1)
@@ -107,35 +107,33 @@ def reinforce(compute, shard, teaching, device_batch_size=100, minibatches=1, ep
     reference = GPT(model.config, dtype)
     reference.load_state_dict(model.state_dict())
     model = place(model, compute, shard)
-    optimizer, policy, objective = MuonAdamW(model, compute), whole_model(model, compute), Objective(1.0, max_new_tokens=9, **objective)
-    groups, curve = judged_groups(teaching)[compute.rank::2], []
-    for step in range(steps):
+    optimizer, policy = MuonAdamW(model, compute), whole_model(model, compute)
+    groups, curve, passes = judged_groups(teaching)[compute.rank::2], [], []
+    for step, objective in enumerate(objectives):
         parts = prepare(groups, objective, policy, reference, compute, device_batch_size, 0, minibatches, str(step))
-        learned = learn(model, optimizer, parts, objective, compute, step, 0.05, 1.0, epochs, reference)
+        learned = learn(model, optimizer, parts, objective, compute, step, 0.05, 1.0, 2, reference)
+        assert learned["train/updates"] == 2 * minibatches, learned
         curve += [learned[name] for name in sorted(learned)]
+        passes += [len(part) for part in parts]
         refill(policy, model)
     gradient_pass(model, parts[0], objective, compute, reference)
-    return {"model": model, "policy": policy, "curve": curve, "weights": whole_tensors(model), "state": optimizer.state_dict(), "updates": learned["train/updates"],
-            "bytes": weights_and_gradients(model) + state_of(optimizer), "passes": compute.gather_objects([len(part) for part in parts])}
+    return {"model": model, "policy": policy, "curve": curve, "weights": whole_tensors(model), "state": optimizer.state_dict(),
+            "bytes": weights_and_gradients(model) + state_of(optimizer), "passes": compute.gather_objects(passes)}
 
 
-def both_ways(compute, **settings):
-    none, full = (reinforce(compute, shard, **settings) for shard in ("none", "full"))
+def both_ways(*settings):
+    none, full = (reinforce(settings[0], shard, *settings[1:]) for shard in ("none", "full"))
     copies = max(float((full["policy"].state_dict()[name] - weight.to(full["policy"].compute_dtype)).abs().max()) for name, weight in full["weights"].items())
-    return {**differences(none, full), "passes": full["passes"], "updates": full["updates"], "copy": copies, "bytes": {"none": none["bytes"], "full": full["bytes"]}}
+    return {**differences(none, full), "passes": full["passes"], "copy": copies, "bytes": {"none": none["bytes"], "full": full["bytes"]}}
 
 
 def steps_of_a_policy(compute):
     """{case: both_ways}; the ranks hold the groups at even and at odd places."""
-    silent, unequal = (0, 2, 4), (0, 1, 2, 4)
-    found = {f"exact {algorithm}": both_ways(compute, teaching=(0, 1), algorithm=algorithm) for algorithm in ALGORITHMS}
-    found["exact top_k"] = both_ways(compute, teaching=(0, 1), epochs=1, top_k=7)
-    for mode in update.KL_MODES:
-        kl = {"algorithm": "grpo", "kl_coef": 0.1, "kl_mode": mode, "minibatches": 2}
-        found[f"exact {mode}, a silent rank"] = both_ways(compute, teaching=silent, steps=2, **kl)
-        found[f"near {mode}, unequal passes"] = both_ways(compute, teaching=unequal, device_batch_size=3, **kl)
-    found["near bfloat16"] = both_ways(compute, teaching=unequal, device_batch_size=3, algorithm="grpo", dtype=torch.bfloat16, epochs=1)
-    return found
+    unequal = (0, 1, 2, 4)
+    every = [*(Objective(1.0, algorithm, max_new_tokens=9) for algorithm in ALGORITHMS), Objective(1.0, top_k=7)]
+    kl = [Objective(1.0, "grpo", kl_coef=0.1, kl_mode=mode) for mode in update.KL_MODES]
+    return {"every algorithm": both_ways(compute, every, (0, 1)), "a silent rank": both_ways(compute, kl, (0, 2, 4), 100, 2),
+            "unequal passes": both_ways(compute, kl, unequal, 3, 2), "bfloat16": both_ways(compute, kl[1:2], unequal, 3, 2, torch.bfloat16)}
 
 
 def reinforcement(folder):
