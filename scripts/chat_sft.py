@@ -32,7 +32,7 @@ class Config:
     step: int | None = None             # step of the parent checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
-    compile: bool = True                # fuse with torch.compile
+    compile: bool = True                # fuse with torch.compile; costs 10 to 30 s for each width of a batch, which short runs do not earn
     shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2), for models that do not fit one device
     seed: int = 42                      # seed of the data order
     sft_recipe: str = "default"         # [--recipe] mixture from nanochat/data_recipes.py

@@ -28,7 +28,7 @@ class Config:
     step: int | None = None             # step of the base checkpoint (None = the newest)
     device_type: str = ""               # cuda, mps or cpu ("" = the best there is)
     dtype: str = ""                     # float32 or bfloat16 ("" = bfloat16 where the hardware has it)
-    compile: bool = True                # fuse with torch.compile
+    compile: bool = True                # fuse with torch.compile; costs half a minute once, pays from a few hundred steps on
     shard: str = "none"                 # full: divide weights, gradients and optimizer over the ranks (FSDP2), for models that do not fit one device
     seed: int = 42                      # seed of the data order
     recipe: str = "default"             # mixture from nanochat/data_recipes.py

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.flash_attention import attend
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.vocab_loss import SOFTCAP, chunk_gradient, chunk_logprobs, entropies, summed_loss, target_logprobs
 
@@ -163,3 +164,24 @@ def test_documents_packed_into_a_row_do_not_see_each_other():
     packed = model.hidden(torch.cat((first, second), dim=1), documents=documents)
     torch.testing.assert_close(packed[:, :7], model.hidden(first), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[:, 7:], model.hidden(second), rtol=1e-5, atol=1e-5)
+
+
+def test_narrow_heads_in_bfloat16_get_gradients_that_were_rounded_once():
+    parts = [torch.randn(2, 12, 3, 16, generator=torch.Generator().manual_seed(i)).bfloat16().requires_grad_() for i in range(3)]
+    outer = torch.randn(2, 12, 3, 16, generator=torch.Generator().manual_seed(9)).bfloat16()
+    y = attend(*parts, causal=True)
+    exact = attend(*(part.double() for part in parts), causal=True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(y, parts, outer), torch.autograd.grad(exact, parts, outer.double())):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-6)
+
+
+def test_on_a_cpu_only_passes_with_gradients_use_the_compiled_code():
+    model, inputs = noisy_model(), ids(2, 9)
+    expected = model(inputs, inputs).detach()
+    model.compiled, calls = True, []
+    model.fused_blocks = lambda *arguments: calls.append(1) or model.run_blocks(*arguments)
+    with torch.no_grad():
+        assert torch.equal(model(inputs, inputs), expected) and not calls
+    assert model.hidden(inputs).requires_grad and calls
