@@ -169,9 +169,9 @@ def reinforcement(folder):
 # Whole stages
 
 def forget_the_end(place, step):
-    """As if a kill had come before this step was saved; its weights stay as kept.pt."""
+    """As if a kill had come before this step was saved; its weights stay as kept0.pt, kept1.pt, ..."""
     if os.environ["RANK"] == "0":
-        shutil.move(place / f"model_{step:06d}.pt", place / "kept.pt")
+        shutil.move(place / f"model_{step:06d}.pt", place / f"kept{len(list(place.glob('kept*.pt')))}.pt")
         for path in place.glob(f"*_{step:06d}*"):
             path.unlink()
     compute = compute_init("cpu")
