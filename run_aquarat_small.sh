@@ -33,7 +33,7 @@ if [ "$PRESET" = cpu ]; then
     stage train-sft  $LAUNCH scripts.chat_sft --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --recipe=offline --device-batch-size=32 --embedding-lr=0.05 \
                      --init-lr-frac=0.1 --num-iterations="${SFT_STEPS:-60}" --compile=False --eval-every=30 --eval-metrics-every=60 --max-new-tokens=64 --save-every=30 ${SFT_ARGS:-}
     stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-200}" --num-samples=16 --examples-per-step=24 \
-                     --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=384 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --kl-every=40 --save-every=30 ${RL_ARGS:-}
+                     --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=384 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --kl-every=40 --attn-every=100 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
         case $source in sft|rl) how="--controls --control-problems=500" ;; *) how=--max-problems=1000 ;; esac  # before SFT there is little to know
         stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $how ${EVAL_ARGS:-}
