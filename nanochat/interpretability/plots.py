@@ -68,10 +68,8 @@ def plot_attention(weights, query_labels, key_labels, path, title, key_kinds=Non
         ax.tick_params(length=0, pad=1, labelbottom=place + columns >= H)
         for label, kind in zip(ax.get_xticklabels(), key_kinds or ()):
             label.set_color(SPAN_COLORS[kind])
-        ax.set_xticks([k - 0.5 for k in range(1, K)], minor=True)
-        ax.set_yticks([q - 0.5 for q in range(1, Q)], minor=True)
-        ax.grid(which="minor", color="#eef0f4", linewidth=0.4)
-        ax.tick_params(which="minor", length=0)
+        ax.vlines(np.arange(1, K) - 0.5, -0.5, Q - 0.5, color="#eef0f4", linewidth=0.4)  # a grid of minor ticks costs a second
+        ax.hlines(np.arange(1, Q) - 0.5, -0.5, K - 0.5, color="#eef0f4", linewidth=0.4)
         for spine in ax.spines.values():
             spine.set_color("#c9cdd6")
     bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, aspect=40, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
