@@ -5,7 +5,9 @@
 Three loads: "equal" prompts of `--prompt-tokens`; "ragged" ones between a quarter of that and twice as many; and "uneven", ragged
 prompts whose answers also end at different places, as answers do (an eighth of `--new-tokens` to all of them; Hugging Face computes
 until the longest is done, and only wanted tokens count). Greedy for both, unless `--sample`. Hugging Face pads on the left. "fused" is
-our engine with `compiled=True`. The runs are taken in turns, so that a busy machine hurts all; a ratio is the median over the turns, a
+our engine with `compiled=True`. "products" is our matrix products alone, without attention, sampling or bookkeeping: what no engine on
+these weights can pass, and `products_gain` how many times the tokens a second of one row they give at this batch, which is what
+batching can bring at most. The runs are taken in turns, so that a busy machine hurts all; a ratio is the median over the turns, a
 speed the best of them. The last line is JSON.
 """
 import json
@@ -116,6 +118,20 @@ def theirs(peer, prompts, wanted, config, device):
     return sum(wanted)
 
 
+@torch.inference_mode()
+def products(decoder, prompt_tokens, batch, steps):
+    """The matrix products of one pass over the prompts and of `steps` steps, as the engine makes them -> tokens."""
+    C = decoder.model.config.n_embd
+    for rows in [prompt_tokens] * (prompt_tokens > 0) + [batch] * steps:
+        x = torch.zeros(rows, C, dtype=decoder.head.weight.dtype, device=decoder.head.weight.device)
+        for qkv, attn_proj, fc, mlp_proj in decoder.layers:
+            qkv(x)
+            attn_proj(x)
+            mlp_proj(fc(x))
+        decoder.head(x[:batch])
+    return batch * steps
+
+
 def main(config):
     torch.set_num_threads(config.threads)
     results = []
@@ -132,6 +148,10 @@ def main(config):
                       "clock": config.clock, "torch": torch.__version__, "results": results}))
 
 
+def median_ratio(mine, others):
+    return round(statistics.median(one / other for one, other in zip(mine, others)), 2)
+
+
 def measure(config, compute: Compute, model, peer, batch, kind):
     """One line of the table."""
     draw = random.Random(batch)
@@ -142,6 +162,11 @@ def measure(config, compute: Compute, model, peer, batch, kind):
     if config.fused and compute.device.type == "cpu" and batch >= FEW_ROWS:
         engines["fused"] = Engine(model, Numbers(config.vocab_size), max_rows=batch, compiled=True)
     runs = {name: lambda engine=engine: ours(engine, prompts, wanted, config) for name, engine in engines.items()}
+    if kind == "equal":
+        decoder = engines["ours"].decoder
+        runs["products"] = lambda: products(decoder, sum(lengths), batch, config.new_tokens)
+        runs["products of one"] = lambda: products(decoder, 0, 1, config.new_tokens)
+        runs["products of all"] = lambda: products(decoder, 0, batch, config.new_tokens)
     if peer is not None:
         runs["transformers"] = lambda: theirs(peer, prompts, wanted, config, compute.device)
     speeds = {name: [] for name in runs}
@@ -151,8 +176,10 @@ def measure(config, compute: Compute, model, peer, batch, kind):
     speeds = {name: values[1:] for name, values in speeds.items()}  # the first run warms up, and compiles
     result = {"dtype": str(compute.dtype)[6:], "batch": batch, "lengths": kind, **{name: round(max(values)) for name, values in speeds.items()}}
     if peer is not None:
-        for name in engines:
-            result[f"ratio {name}"] = round(statistics.median(mine / other for mine, other in zip(speeds[name], speeds["transformers"])), 2)
+        for name in (*engines, *(["products"] if "products" in runs else [])):
+            result[f"ratio {name}"] = median_ratio(speeds[name], speeds["transformers"])
+    if "products" in runs:
+        result["products_gain"] = median_ratio(speeds["products of all"], speeds["products of one"])
     return {**result, "load": round(os.getloadavg()[0], 1), "runs": {name: [round(value) for value in values] for name, values in speeds.items()}}
 
 
