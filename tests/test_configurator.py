@@ -81,5 +81,5 @@ def test_none_means_the_parents_value_and_a_missing_one_is_named():
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (Path(__file__).parents[1] / "scripts").glob("*.py") if path.stem != "__init__"))
 def test_every_script_prints_its_help(script):
-    result = subprocess.run([sys.executable, "-m", f"scripts.{script}", "--help"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-m", f"scripts.{script}", "--help"], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and "Usage" in result.stdout, result.stdout + result.stderr
