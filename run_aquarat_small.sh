@@ -35,11 +35,11 @@ if [ "$PRESET" = cpu ]; then
     stage train-rl   $LAUNCH scripts.chat_rl --model-tag="$TAG" --run="$WANDB_RUN" --seed="$SEED" --max-steps="${RL_STEPS:-200}" --num-samples=16 --examples-per-step=24 \
                      --max-new-tokens=64 --device-batch-size=128 --rows-in-flight=384 --embedding-lr=0.05 --init-lr-frac=0.15 --eval-every=40 --kl-every=40 --attn-every=100 --save-every=30 ${RL_ARGS:-}
     for source in ${EVAL_SOURCES:-base mid sft rl}; do
-        case $source in sft|rl) how="--controls --control-problems=500" ;; *) how=--max-problems=1000 ;; esac  # before SFT there is little to know
+        case $source in sft|rl) how="--controls --control-problems=300" ;; *) how=--max-problems=1000 ;; esac  # before SFT there is little to know
         stage eval-$source python -m scripts.chat_eval -i $source -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 $how ${EVAL_ARGS:-}
     done
     stage compare    python -m scripts.chat_eval --compare "sft_${TAG}_AQUA_test" "rl_${TAG}_AQUA_test"
-    stage reasoning  python -m scripts.reasoning_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 --max-problems=500
+    stage reasoning  python -m scripts.reasoning_eval -i rl -g "$TAG" -a AQUA --split=test --max-new-tokens=64 --batch-size=256 --max-problems=300
     stage leaks      python -m scripts.contamination --recipe=offline --against=AQUA
 else
     TAG="d${DEPTH:-8}"
