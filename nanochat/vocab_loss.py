@@ -16,7 +16,7 @@ CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
 
 def capped(raw):
     """Raw logits -> float32 logits in (-15, 15); float64 stays what it is."""
-    return (raw.to(torch.promote_types(raw.dtype, torch.float32)) / SOFTCAP).tanh() * SOFTCAP
+    return SOFTCAP * torch.tanh(raw.to(torch.promote_types(raw.dtype, torch.float32)) / SOFTCAP)
 
 
 def chunk_logprobs(raw, targets, temperature):

@@ -176,8 +176,9 @@ def measure(config, compute: Compute, model, peer, batch, kind):
     speeds = {name: values[1:] for name, values in speeds.items()}  # the first run warms up, and compiles
     result = {"dtype": str(compute.dtype)[6:], "batch": batch, "lengths": kind, **{name: round(max(values)) for name, values in speeds.items()}}
     if peer is not None:
-        for name in (*engines, *(["products"] if "products" in runs else [])):
-            result[f"ratio {name}"] = median_ratio(speeds[name], speeds["transformers"])
+        for name in ("ours", "fused", "products"):
+            if name in runs:
+                result[f"ratio {name}"] = median_ratio(speeds[name], speeds["transformers"])
     if "products" in runs:
         result["products_gain"] = median_ratio(speeds["products of all"], speeds["products of one"])
     return {**result, "load": round(os.getloadavg()[0], 1), "runs": {name: [round(value) for value in values] for name, values in speeds.items()}}
