@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -125,6 +126,26 @@ def test_a_pickle_is_never_executed(run, tmp_path):
     with pytest.raises(ValueError, match="was not loaded"):
         manager.read_tensors(path)
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_any_bytes_at_all_are_read_or_refused_by_name(tmp_path):
+    """What torch's unpickler raises on broken bytes is any of ten kinds of error; the caller sees one."""
+    draw, path, refused, written = random.Random(1), tmp_path / "model.pt", 0, []
+    for whole in (True, False):
+        torch.save({"weight": torch.ones(3, 4), "step": 5}, path, _use_new_zipfile_serialization=whole)
+        written.append(path.read_bytes())
+    written.append(pickle.dumps({"weight": [1, (2, 3)]}, protocol=2))
+    for _ in range(2000):
+        content = bytearray(draw.choice([draw.randbytes(draw.choice([1, 50, 500])), *written]))
+        for _ in range(draw.choice([1, 2, 5, 20])):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content[:draw.choice([len(content), len(content), draw.randrange(len(content))])])
+        try:
+            manager.read_tensors(path)
+        except ValueError as error:
+            refused += str(path) in str(error) and "was not loaded" in str(error)
+    assert refused > 1500
 
 
 def test_only_the_newest_are_kept_and_leftovers_of_a_kill_go(run):

@@ -1,6 +1,5 @@
 """Reference nanochat checkpoints (October 2025) import with equal logits and ids; what is newer, torn or hostile is refused by name."""
 import json
-import os
 import pickle
 import random
 from pathlib import Path
@@ -114,7 +113,7 @@ def test_torn_and_hostile_files_are_named_and_nothing_is_saved(base, tmp_path, n
     folder = tmp_path / "ref"
     write_reference(folder)
     content, draw = (folder / name).read_bytes(), random.Random(name)
-    damages = [b"", os.urandom(500), pickle.dumps(Hostile()), b"[]", b"{}", b"null", *[content[:draw.randrange(len(content))] for _ in range(6)]]
+    damages = [b"", draw.randbytes(500), pickle.dumps(Hostile()), b"[]", b"{}", b"null", *[content[:draw.randrange(len(content))] for _ in range(6)], *[draw.randbytes(500) for _ in range(20)]]
     for damage in damages:
         (folder / name).write_bytes(damage)
         with pytest.raises(ValueError) as caught:
