@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.decoder import Decoder, capped_
+from nanochat.decoder import capped_, make_decoder
 from nanochat.execution import calculate
 from nanochat.gpt import GPT, frozen_gpt
 from nanochat.kv_cache import KVCache, Prefill
@@ -77,17 +77,17 @@ class Row:
 class Engine:
     """`generate` for many prompts at once, `stream` for one; `add`, `step`, `cancel` for a server that drives it itself.
 
-    `compiled` fuses a CPU's attention with torch.compile: it pays where thousands of steps follow. `keep_rows`: of so many finished
-    rows, the newest, keys and values stay, and a prompt that begins as one of them does (the next turn of a conversation) begins there.
+    `keep_rows`: of so many finished rows, the newest, keys and values stay, and a prompt that begins as one of them does (the next turn of
+    a conversation) begins there.
     """
 
-    def __init__(self, model, tokenizer, max_rows=128, tools=True, compiled=False, keep_rows=0):
+    def __init__(self, model, tokenizer, max_rows=128, tools=True, keep_rows=0):
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows} leaves no room for a row: use 1 or more")
         self.training_model, self.tokenizer, self.max_rows, self.tools = model, tokenizer, max_rows, tools
         self.model = cast_copy(model)
         # What computes a step: hidden and raw_logits. The soft-cap is left to the sampler.
-        self.decoder = Decoder(self.model, compiled) if isinstance(model, GPT) else None
+        self.decoder = make_decoder(self.model) if isinstance(model, GPT) else None
         self.kept = deque(maxlen=keep_rows)  # (tokens, Prefill) of finished rows
         self.kv_cache = KVCache(model.config, model.compute_dtype, model.device)
         self.markers = {name: tokenizer.encode_special(f"<|{name}|>") for name in
@@ -254,9 +254,10 @@ class Engine:
         past, reused = self.longest_kept(prompts[0]) if len(prompts) == 1 else (None, 0)
         T = max(map(len, prompts)) - reused
         inputs = torch.tensor([prompt[reused:] + [0] * (T + reused - len(prompt)) for prompt in prompts], device=self.model.device)
-        prefill = Prefill(self.model.config.n_layer, self.model.device, past, reused)
+        lengths = [len(prompt) - reused for prompt in prompts]
+        prefill = Prefill(self.model.config, self.model.device, past, reused, lengths)
         hidden = self.hidden(inputs, prefill)
-        ends = torch.tensor([len(prompt) - reused - 1 for prompt in prompts], device=self.model.device)
+        ends = torch.tensor(lengths, device=self.model.device) - 1
         return prefill, self.logits(hidden[torch.arange(len(prompts), device=self.model.device), ends])
 
     def longest_kept(self, prompt):

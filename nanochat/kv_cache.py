@@ -2,7 +2,8 @@
 
 `KVCache` holds one row per completion in flight, each with its own length. The rows in use are always the first ones: a row
 that leaves is filled by the last, so a step costs what the rows in use cost. `Prefill` computes the prompts that enter.
-Both are handed to `GPT.hidden(inputs, kv_cache)`, which calls positions, attend and advance; no other file knows the layout.
+Both are handed to `GPT.hidden(inputs, kv_cache)`, which calls positions, attend and advance, or to CpuDecoder, which asks for the new tokens'
+places and the memory's addresses instead; no other file knows the layout.
 """
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ STEP = 64  # capacities are multiples of this many positions
 class Prefill:
     """One pass over right-padded prompts (B, T). Padding stands behind every real token, so causal attention never sees it.
 
-    With `past`, a Prefill of one row, the ids are one prompt's tokens after the first `reused` of that row."""
+    With `past`, a Prefill of one row, the ids are one prompt's tokens after the first `reused` of that row. `lengths` (B,): the ids that are
+    no padding, where that is known."""
 
-    def __init__(self, n_layer, device, past=None, reused=0):
-        self.keys, self.values, self.device = [None] * n_layer, [None] * n_layer, device
-        self.past, self.reused = past, reused
+    def __init__(self, config, device, past=None, reused=0, lengths=None):
+        self.keys, self.values, self.config, self.device = [None] * config.n_layer, [None] * config.n_layer, config, device
+        self.past, self.reused, self.lengths = past, reused, lengths
 
     def positions(self, T):
         self.mask = None if self.past is None else torch.ones(1, T, self.reused + T, dtype=torch.bool, device=self.device).tril_(self.reused)
@@ -36,9 +38,26 @@ class Prefill:
     def advance(self, T):
         pass
 
+    def fed_tokens(self, B, T):
+        """-> the (row, position) of every token as two lists, and which of (B, T) ids they are. Makes room for them."""
+        config, lengths = self.config, [T] * B if self.lengths is None else self.lengths
+        shape = B, self.reused + T, config.n_kv_head, config.n_embd // config.n_head
+        for part, old in ((self.keys, self.past and self.past.keys), (self.values, self.past and self.past.values)):
+            for layer in range(config.n_layer):
+                part[layer] = torch.zeros(shape)  # padding is copied with the rest, and 0 times garbage could be NaN
+                if self.past is not None:
+                    part[layer][:, :self.reused] = old[layer][:, :self.reused]
+        rows = [row for row, length in enumerate(lengths) for _ in range(length)]
+        positions = [position for length in lengths for position in range(self.reused, self.reused + length)]
+        return rows, positions, torch.arange(T) < torch.tensor(lengths)[:, None]
+
+    def addresses(self):
+        B, T, Hkv, D = self.keys[0].size()
+        return [part.data_ptr() for part in self.keys], [part.data_ptr() for part in self.values], (T * Hkv * D, D, Hkv * D), (B, T)
+
     def row(self, index):
         """A Prefill of one prompt alone, which does not keep the others' memory alive."""
-        alone = Prefill(len(self.keys), self.device)
+        alone = Prefill(self.config, self.device)
         alone.keys = [keys[index:index + 1].clone() for keys in self.keys]
         alone.values = [values[index:index + 1].clone() for values in self.values]
         return alone
@@ -78,6 +97,7 @@ class KVCache:
                 part[:n, :, :reach] = old[:n, :, :reach]
             return parts
         self.keys, self.values = moved(self.keys), moved(self.values)
+        self.key_addresses, self.value_addresses = ([part.data_ptr() for part in half] for half in (self.keys, self.values))
         self.row_capacity, self.position_capacity = rows, positions
         self.lengths = np.concatenate([self.lengths, np.zeros(max(rows - len(self.lengths), 0), dtype=np.int64)])
         self.key_positions = torch.arange(positions, device=self.device)
@@ -104,7 +124,7 @@ class KVCache:
     @torch.inference_mode()
     def row(self, row):
         """A copy of what a row holds, as a Prefill of one prompt."""
-        alone, length = Prefill(self.config.n_layer, self.device), int(self.lengths[row])
+        alone, length = Prefill(self.config, self.device), int(self.lengths[row])
         alone.keys, alone.values = ([part[row:row + 1, :, :length].transpose(1, 2).clone() for part in half] for half in (self.keys, self.values))
         return alone
 
@@ -155,3 +175,16 @@ class KVCache:
 
     def advance(self, T):
         self.lengths[:self.n_rows] += T
+
+    # ------------------------------------------------------------ what CpuDecoder calls instead of positions and attend
+
+    def fed_tokens(self, B, T):
+        """-> the (row, position) of every one of the T tokens each row is about to be fed, as two lists; all ids are real."""
+        fed = self.lengths[:B, None] + np.arange(T)
+        self.reserve(B, int(fed.max()) + 1)
+        return np.arange(B).repeat(T).tolist(), fed.ravel().tolist(), None
+
+    def addresses(self):
+        """Addresses of the keys and the values by layer; strides of (row, head, position); (rows, positions) that there is room for."""
+        D, positions = self.config.n_embd // self.config.n_head, self.position_capacity
+        return self.key_addresses, self.value_addresses, (self.config.n_kv_head * positions * D, positions * D, D), (self.row_capacity, positions)

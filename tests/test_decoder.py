@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from nanochat.decoder import Decoder, capped_
+from nanochat.decoder import CpuDecoder, TorchDecoder, capped_
 from nanochat.engine import Engine, Request
 from nanochat.kv_cache import KVCache, Prefill
 from nanochat.sampling import Sampler, largest
@@ -10,15 +10,15 @@ from nanochat.vocab_loss import capped
 from tests.test_engine import VOCAB, ByteTokenizer, make_model
 
 
-def assert_same_as_the_model(n_kv_head, rows, compiled, dtype=torch.float32, atol=1e-5):
+def assert_same_as_the_model(make, n_kv_head, rows, dtype=torch.float32, atol=1e-5):
     model = make_model(n_kv_head=n_kv_head, dtype=dtype)
-    decoder = Decoder(Engine(model, ByteTokenizer()).model, compiled)
+    decoder = make(Engine(model, ByteTokenizer()).model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (rows, 40), generator=generator)
     lengths = [3 + 5 * row % 14 for row in range(rows)]
     with torch.inference_mode():
         expected = model(ids)
-        cache, prefill = KVCache(model.config, dtype, "cpu"), Prefill(2, "cpu")
+        cache, prefill = KVCache(model.config, dtype, "cpu"), Prefill(model.config, "cpu")
         hidden = decoder.hidden(ids[:, :max(lengths)], prefill)
         cache.add(prefill, list(range(rows)), lengths)
         for row, length in enumerate(lengths):
@@ -29,19 +29,15 @@ def assert_same_as_the_model(n_kv_head, rows, compiled, dtype=torch.float32, ato
             torch.testing.assert_close(capped_(decoder.raw_logits(hidden)), expected[torch.arange(rows), fed], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("n_kv_head, rows", [(1, 1), (2, 3), (4, 9)])
-def test_the_packed_forward_pass_is_the_model_s(n_kv_head, rows):
-    assert_same_as_the_model(n_kv_head, rows, compiled=False)
+@pytest.mark.parametrize("make", [CpuDecoder, TorchDecoder])
+@pytest.mark.parametrize("n_kv_head, rows", [(1, 1), (2, 3), (4, 9), (2, 40)])
+def test_the_engine_s_forward_pass_is_the_model_s(make, n_kv_head, rows):
+    assert_same_as_the_model(make, n_kv_head, rows)
 
 
-def test_in_bfloat16_it_stays_as_near_as_rounding_allows():
-    assert_same_as_the_model(2, 9, compiled=False, dtype=torch.bfloat16, atol=0.25)
-
-
-@pytest.mark.slow
-def test_the_fused_attention_is_the_model_s():
-    for n_kv_head, rows in ((1, 8), (2, 11), (4, 33)):
-        assert_same_as_the_model(n_kv_head, rows, compiled=True)
+@pytest.mark.parametrize("make", [CpuDecoder, TorchDecoder])
+def test_in_bfloat16_it_stays_as_near_as_rounding_allows(make):
+    assert_same_as_the_model(make, 2, 9, dtype=torch.bfloat16, atol=0.25)
 
 
 def test_new_weights_arrive_with_refresh():

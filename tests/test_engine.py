@@ -96,7 +96,7 @@ def test_cached_logits_are_uncached_logits_for_ragged_rows(n_kv_head):
     model = make_model(n_kv_head=n_kv_head)
     rows = [torch.randint(0, VOCAB, (40,)) for _ in range(3)]
     lengths = [3, 17, 9]
-    cache, prefill = KVCache(model.config, torch.float32, "cpu"), Prefill(2, "cpu")
+    cache, prefill = KVCache(model.config, torch.float32, "cpu"), Prefill(model.config, "cpu")
     padded = torch.zeros(3, 17, dtype=torch.int64)
     for row, length in enumerate(lengths):
         padded[row, :length] = rows[row][:length]
@@ -115,7 +115,7 @@ def test_cached_logits_are_uncached_logits_for_ragged_rows(n_kv_head):
 @torch.inference_mode()
 def test_feeding_several_tokens_at_once_equals_one_by_one(model):
     tokens = torch.randint(0, VOCAB, (2, 30))
-    cache, prefill = KVCache(model.config, torch.float32, "cpu"), Prefill(2, "cpu")
+    cache, prefill = KVCache(model.config, torch.float32, "cpu"), Prefill(model.config, "cpu")
     model(tokens[:, :5], kv_cache=prefill)
     cache.add(prefill, [0, 1], [5, 3])  # row 1 feeds positions 3 and 4 again
     found = model(torch.stack((tokens[0, 5:12], tokens[1, 3:10])), kv_cache=cache)
@@ -126,7 +126,7 @@ def test_feeding_several_tokens_at_once_equals_one_by_one(model):
 @torch.inference_mode()
 def test_a_row_that_leaves_is_filled_by_the_last_and_memory_grows_in_steps(model):
     tokens = torch.randint(0, VOCAB, (1, 60))
-    cache, prefill = KVCache(model.config, torch.float32, "cpu"), Prefill(2, "cpu")
+    cache, prefill = KVCache(model.config, torch.float32, "cpu"), Prefill(model.config, "cpu")
     assert cache.memory_bytes == 0
     model(tokens[:, :10], kv_cache=prefill)
     cache.add(prefill, [0, 0, 0], [4, 5, 6])

@@ -143,7 +143,7 @@ def test_a_pass_with_a_cache_is_refused():
     from nanochat.kv_cache import Prefill
     model = make_model()
     with pytest.raises(ValueError, match="KV cache"), Capture(model):
-        model.hidden(ids(1, 5), Prefill(3, model.device))
+        model.hidden(ids(1, 5), Prefill(model.config, model.device))
 
 
 def test_a_compiled_model_is_watched_while_it_runs_eagerly():

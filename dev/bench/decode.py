@@ -4,11 +4,8 @@
 
 Three loads: "equal" prompts of `--prompt-tokens`; "ragged" ones between a quarter of that and twice as many; and "uneven", ragged
 prompts whose answers also end at different places, as answers do (an eighth of `--new-tokens` to all of them; Hugging Face computes
-until the longest is done, and only wanted tokens count). Greedy for both, unless `--sample`. Hugging Face pads on the left. "fused" is
-our engine with `compiled=True`. "products" is our matrix products alone, without attention, sampling or bookkeeping: what no engine on
-these weights can pass, and `products_gain` how many times the tokens a second of one row they give at this batch, which is what
-batching can bring at most. The runs are taken in turns, so that a busy machine hurts all; a ratio is the median over the turns, a
-speed the best of them. The last line is JSON.
+until the longest is done, and only wanted tokens count). Greedy for both, unless `--sample`. Hugging Face pads on the left. The runs
+are taken in turns, so that a busy machine hurts both; a ratio is the median over the turns, a speed the best of them. The last line is JSON.
 """
 import json
 import os
@@ -25,7 +22,6 @@ import torch  # noqa: E402
 
 from nanochat.common import Compute, compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
-from nanochat.decoder import FEW_ROWS  # noqa: E402
 from nanochat.engine import Engine, Request  # noqa: E402
 from nanochat.gpt import GPT, config_from_depth  # noqa: E402
 
@@ -47,7 +43,6 @@ class Config:
     clock: str = "wall"                       # wall, or cpu: seconds of processor time, for a CPU that others use too (with threads=1)
     sample: bool = False                      # both sample at temperature 1 instead of greedily
     peer: bool = True                         # measure Hugging Face too
-    fused: bool = True                        # measure our engine with compiled=True too (on a CPU)
 
 
 class Numbers:
@@ -118,20 +113,6 @@ def theirs(peer, prompts, wanted, config, device):
     return sum(wanted)
 
 
-@torch.inference_mode()
-def products(decoder, prompt_tokens, batch, steps):
-    """The matrix products of one pass over the prompts and of `steps` steps, as the engine makes them -> tokens."""
-    C = decoder.model.config.n_embd
-    for rows in [prompt_tokens] * (prompt_tokens > 0) + [batch] * steps:
-        x = torch.zeros(rows, C, dtype=decoder.head.weight.dtype, device=decoder.head.weight.device)
-        for qkv, attn_proj, fc, mlp_proj in decoder.layers:
-            qkv(x)
-            attn_proj(x)
-            mlp_proj(fc(x))
-        decoder.head(x[:batch])
-    return batch * steps
-
-
 def main(config):
     torch.set_num_threads(config.threads)
     results = []
@@ -148,39 +129,24 @@ def main(config):
                       "clock": config.clock, "torch": torch.__version__, "results": results}))
 
 
-def median_ratio(mine, others):
-    return round(statistics.median(one / other for one, other in zip(mine, others)), 2)
-
-
 def measure(config, compute: Compute, model, peer, batch, kind):
     """One line of the table."""
     draw = random.Random(batch)
     lengths = [config.prompt_tokens if kind == "equal" else draw.randint(config.prompt_tokens // 4, 2 * config.prompt_tokens) for _ in range(batch)]
     prompts = [[draw.randrange(1, config.vocab_size - len(MARKERS)) for _ in range(length)] for length in lengths]
     wanted = [draw.randint(config.new_tokens // 8, config.new_tokens) if kind == "uneven" else config.new_tokens for _ in range(batch)]
-    engines = {"ours": Engine(model, Numbers(config.vocab_size), max_rows=batch)}
-    if config.fused and compute.device.type == "cpu" and batch >= FEW_ROWS:
-        engines["fused"] = Engine(model, Numbers(config.vocab_size), max_rows=batch, compiled=True)
-    runs = {name: lambda engine=engine: ours(engine, prompts, wanted, config) for name, engine in engines.items()}
-    if kind == "equal":
-        decoder = engines["ours"].decoder
-        runs["products"] = lambda: products(decoder, sum(lengths), batch, config.new_tokens)
-        runs["products of one"] = lambda: products(decoder, 0, 1, config.new_tokens)
-        runs["products of all"] = lambda: products(decoder, 0, batch, config.new_tokens)
+    engine = Engine(model, Numbers(config.vocab_size), max_rows=batch)
+    runs = {"ours": lambda: ours(engine, prompts, wanted, config)}
     if peer is not None:
         runs["transformers"] = lambda: theirs(peer, prompts, wanted, config, compute.device)
     speeds = {name: [] for name in runs}
     for _ in range(config.repeats + 1):
         for name, run in runs.items():
             speeds[name].append(timed(run, compute, config.clock))
-    speeds = {name: values[1:] for name, values in speeds.items()}  # the first run warms up, and compiles
+    speeds = {name: values[1:] for name, values in speeds.items()}  # the first run warms up
     result = {"dtype": str(compute.dtype)[6:], "batch": batch, "lengths": kind, **{name: round(max(values)) for name, values in speeds.items()}}
     if peer is not None:
-        for name in ("ours", "fused", "products"):
-            if name in runs:
-                result[f"ratio {name}"] = median_ratio(speeds[name], speeds["transformers"])
-    if "products" in runs:
-        result["products_gain"] = median_ratio(speeds["products of all"], speeds["products of one"])
+        result["ratio"] = round(statistics.median(one / other for one, other in zip(speeds["ours"], speeds["transformers"])), 2)
     return {**result, "load": round(os.getloadavg()[0], 1), "runs": {name: [round(value) for value in values] for name, values in speeds.items()}}
 
 

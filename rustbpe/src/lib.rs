@@ -3,8 +3,12 @@
 pub mod bpe;
 pub mod count;
 pub mod encode;
+pub mod forward;
+pub mod isa;
+pub mod product;
 pub mod split;
 pub mod table;
+pub mod team;
 
 #[cfg(feature = "python")]
 mod python {
@@ -20,6 +24,9 @@ mod python {
     use crate::bpe;
     use crate::count::{Batch, Counting};
     use crate::encode::Encoder;
+    use crate::forward::{Cache, Tokens, Transformer, MAX_HEAD};
+    use crate::isa::{is_fast, isa};
+    use crate::product::{Bf16, Number, Place};
     use crate::split::{family_pattern, Splitter, DEFAULT_DIGITS};
 
     const BATCH_BYTES: usize = 1 << 20;
@@ -222,9 +229,128 @@ mod python {
         }
     }
 
+    /// The weights of a GPT, packed for a CPU, and its pass over new tokens. Tensors come as addresses of contiguous memory: nanochat/decoder.py
+    /// vouches for them.
+    #[pyclass(module = "rustbpe")]
+    struct CpuTransformer(Weights);
+
+    enum Weights {
+        Float32(Transformer<f32>),
+        Bfloat16(Transformer<Bf16>),
+    }
+
+    impl<N: Number> Transformer<N> {
+        /// Addresses of q, k, v, attention's projection and the MLP's two for each layer, and of the head.
+        unsafe fn take(&mut self, layers: &[[usize; 6]], head: usize, vocab_size: usize, rotary: (usize, usize, usize)) {
+            let (width, kv_width) = (self.width, self.kv_heads * self.head_dim);
+            for (mine, &[q, k, v, attn_proj, fc, mlp_proj]) in self.layers.iter_mut().zip(layers) {
+                mine.qkv.pack(&[(q as *const N, width), (k as *const N, kv_width), (v as *const N, kv_width)], width);
+                mine.attn_proj.pack(&[(attn_proj as *const N, width)], width);
+                mine.fc.pack(&[(fc as *const N, 4 * width)], width);
+                mine.mlp_proj.pack(&[(mlp_proj as *const N, width)], 4 * width);
+            }
+            self.head.pack(&[(head as *const N, vocab_size)], width);
+            let (cos, sin, count) = rotary;
+            self.cos = std::slice::from_raw_parts(cos as *const f32, count).to_vec();
+            self.sin = std::slice::from_raw_parts(sin as *const f32, count).to_vec();
+        }
+    }
+
+    macro_rules! of_either {
+        ($weights:expr, $model:ident => $body:expr) => {
+            match $weights {
+                Weights::Float32($model) => $body,
+                Weights::Bfloat16($model) => $body,
+            }
+        };
+    }
+
+    #[pymethods]
+    impl CpuTransformer {
+        #[new]
+        fn new(width: usize, heads: usize, kv_heads: usize, layers: usize, is_bfloat16: bool) -> PyResult<Self> {
+            if heads == 0
+                || kv_heads == 0
+                || width % heads != 0
+                || heads % kv_heads != 0
+                || width / heads % 2 != 0
+                || width / heads > MAX_HEAD
+            {
+                return Err(value_error(format!(
+                    "width={width}, heads={heads}, kv_heads={kv_heads}: heads must have one even size of at most {MAX_HEAD}"
+                )));
+            }
+            Ok(CpuTransformer(match is_bfloat16 {
+                false => Weights::Float32(Transformer::new(width, heads, kv_heads, layers)),
+                true => Weights::Bfloat16(Transformer::new(width, heads, kv_heads, layers)),
+            }))
+        }
+
+        /// Whether this processor runs it fast: x86 with AVX2, or ARM.
+        #[staticmethod]
+        fn is_fast() -> bool {
+            is_fast()
+        }
+
+        /// The instruction set that is used: plain, avx2, avx512 or avx512bf16.
+        #[staticmethod]
+        fn instructions() -> String {
+            format!("{:?}", isa()).to_lowercase()
+        }
+
+        /// Pack weights anew. `layers`: addresses of (q, k, v, attention's projection, fc, the MLP's projection); rotary: (cos, sin, numbers in each).
+        fn take(&mut self, py: Python<'_>, layers: Vec<[usize; 6]>, head: usize, vocab_size: usize, rotary: (usize, usize, usize)) {
+            // SAFETY: the caller's tensors are of the sizes given to `new`, and live until this returns.
+            py.detach(|| of_either!(&mut self.0, model => unsafe { model.take(&layers, head, vocab_size, rotary) }))
+        }
+
+        /// Embeddings x (tokens, width) float32 become what is after the last norm. Token i continues row rows[i] (int64) of the cache at positions[i].
+        /// keys, values: addresses by layer; strides of (row, head, position) in numbers; a row has room for `capacity` positions, and there are `num_rows`.
+        #[allow(clippy::too_many_arguments)]
+        fn hidden(
+            &mut self,
+            py: Python<'_>,
+            x: usize,
+            rows: Vec<i64>,
+            positions: Vec<i64>,
+            keys: Vec<usize>,
+            values: Vec<usize>,
+            strides: [usize; 3],
+            room: (usize, usize),
+            threads: usize,
+        ) -> PyResult<()> {
+            let (num_rows, capacity) = room;
+            let (layers, angles) = of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim));
+            let outside = rows.iter().any(|row| !(0..num_rows as i64).contains(row))
+                || positions.iter().any(|position| !(0..capacity.min(angles) as i64).contains(position));
+            if outside || rows.len() != positions.len() || keys.len() != layers || values.len() != layers {
+                return Err(value_error(format!(
+                    "{} tokens in {} rows, {} and {} layers of cache, do not fit {layers} layers of {num_rows} rows of {capacity} positions, of which {angles} have angles",
+                    positions.len(), rows.len(), keys.len(), values.len()
+                )));
+            }
+            let places =
+                |addresses: Vec<usize>| -> Vec<Place<f32>> { addresses.into_iter().map(|address| Place(address as *mut f32)).collect() };
+            let (keys, values) = (places(keys), places(values));
+            let (tokens, cache) = (Tokens { rows: &rows, positions: &positions }, Cache { keys: &keys, values: &values, strides });
+            // SAFETY: rows and positions lie inside the caches, and x has a row for each token.
+            py.detach(|| of_either!(&mut self.0, model => unsafe { model.hidden(Place(x as *mut f32), tokens, cache, threads) }));
+            Ok(())
+        }
+
+        /// x (count, width) float32 -> out (count, vocabulary) float32, before the soft-cap.
+        fn logits(&mut self, py: Python<'_>, x: usize, count: usize, out: usize, threads: usize) {
+            // SAFETY: both are as large as that.
+            py.detach(
+                || of_either!(&mut self.0, model => unsafe { model.logits(Place(x as *mut f32), count, Place(out as *mut f32), threads) }),
+            )
+        }
+    }
+
     #[pymodule]
     fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add_class::<Tokenizer>()?;
+        module.add_class::<CpuTransformer>()?;
         module.add_function(wrap_pyfunction!(split, module)?)?;
         module.add_function(wrap_pyfunction!(default_pattern, module)?)
     }

@@ -1,0 +1,367 @@
+//! The transformer's pass over new tokens against a cache of keys and values, for the engine: nanochat/decoder.py is its only caller.
+//!
+//! The same function as nanochat/gpt.py, without gradients: rotary positions, then QK-norm; relu^2; RMSNorm without weights. Activations are
+//! float32 and become the weights' format where they meet them; the cache is float32. A token's result does not depend, to the bit, on which
+//! other tokens are in the pass, nor on the number of threads.
+
+use crate::isa::{isa, per_isa, Isa};
+use crate::product::{product, Matrix, Number, Output, Place};
+use crate::team::Team;
+
+const EPSILON: f32 = 1e-6;
+const LANES: usize = 16;
+const WORK: usize = 200_000; // multiply-adds that are worth another thread
+
+pub struct Layer<N: Number> {
+    pub qkv: Matrix<N>,
+    pub attn_proj: Matrix<N>,
+    pub fc: Matrix<N>,
+    pub mlp_proj: Matrix<N>,
+}
+
+/// Where a layer's keys, or values, of (row, head, position) begin: `start` + row * strides[0] + head * strides[1] + position * strides[2].
+#[derive(Clone, Copy)]
+pub struct Cache<'a> {
+    pub keys: &'a [Place<f32>], // of every layer
+    pub values: &'a [Place<f32>],
+    pub strides: [usize; 3],
+}
+
+/// The new tokens: each continues `rows[i]` of the cache at `positions[i]`, and looks at all of that row up to itself.
+#[derive(Clone, Copy)]
+pub struct Tokens<'a> {
+    pub rows: &'a [i64],
+    pub positions: &'a [i64],
+}
+
+pub struct Transformer<N: Number> {
+    pub width: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub layers: Vec<Layer<N>>,
+    pub head: Matrix<N>,
+    pub cos: Vec<f32>, // (positions, head_dim / 2)
+    pub sin: Vec<f32>,
+    pub team: Team,
+    buffers: Buffers<N>,
+}
+
+#[derive(Default)]
+struct Buffers<N> {
+    input: Vec<N>, // what a product reads: (tokens, width)
+    wide: Vec<N>,  // the same between the MLP's two
+    qkv: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+impl<N: Number> Transformer<N> {
+    pub fn new(width: usize, heads: usize, kv_heads: usize, layers: usize) -> Self {
+        let empty = || Layer { qkv: Matrix::default(), attn_proj: Matrix::default(), fc: Matrix::default(), mlp_proj: Matrix::default() };
+        Transformer {
+            width,
+            heads,
+            kv_heads,
+            head_dim: width / heads,
+            layers: (0..layers).map(|_| empty()).collect(),
+            head: Matrix::default(),
+            cos: Vec::new(),
+            sin: Vec::new(),
+            team: Team::new(),
+            buffers: Buffers { input: Vec::new(), wide: Vec::new(), qkv: Vec::new(), scores: Vec::new() },
+        }
+    }
+
+    /// x (tokens, width): embeddings -> what is after the last norm. Writes the tokens' keys and values into the cache.
+    ///
+    /// # Safety
+    /// x and the cache are as large as the tokens' rows and positions say, and nobody else touches them.
+    pub unsafe fn hidden(&mut self, x: Place<f32>, tokens: Tokens, cache: Cache, threads: usize) {
+        let (count, width) = (tokens.rows.len(), self.width);
+        let qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim;
+        let reach = tokens.positions.iter().max().map_or(0, |&last| last as usize + 1);
+        let weights: usize =
+            self.layers.iter().map(|layer| layer.qkv.bytes() + layer.attn_proj.bytes() + layer.fc.bytes() + layer.mlp_proj.bytes()).sum();
+        let members = threads.min(1 + count * weights / size_of::<N>() / WORK / 4).max(1);
+        let is_new_row = tokens.rows.windows(2).all(|pair| pair[0] != pair[1]); // one token for each: nobody reads what another writes
+        let buffers = &mut self.buffers;
+        grow(&mut buffers.input, count * width, N::default());
+        grow(&mut buffers.wide, count * 4 * width, N::default());
+        grow(&mut buffers.qkv, count * qkv_width, 0.0);
+        let scores_of_one = reach.next_multiple_of(LANES); // members do not share cache lines
+        grow(&mut buffers.scores, members * scores_of_one, 0.0);
+        let (input, wide) = (Place(buffers.input.as_mut_ptr()), Place(buffers.wide.as_mut_ptr()));
+        let (qkv, scores) = (Place(buffers.qkv.as_mut_ptr()), Place(buffers.scores.as_mut_ptr()));
+        let (isa, layers) = (isa(), &self.layers);
+        let heads = Heads { count: self.heads, kv_count: self.kv_heads, size: self.head_dim, cos: &self.cos, sin: &self.sin };
+
+        self.team.run(members, &|member, members, barrier| {
+            let share = |all: usize| (all * member / members, all * (member + 1) / members);
+            let (first, last) = share(count);
+            norm_rows(isa, x, x, width, first, last); // of the embedding, which is the residual stream from here on
+            for (number, layer) in layers.iter().enumerate() {
+                norm_rows(isa, x, input, width, first, last);
+                barrier.wait();
+                product(isa, input, count, &layer.qkv, Output::Store(qkv), member, members);
+                barrier.wait();
+                let mine = Place(scores.at(member * scores_of_one));
+                if is_new_row {
+                    attend(isa, heads, qkv, tokens, cache, number, mine, input, share(count * heads.kv_count), Phase::Both);
+                } else {
+                    attend(isa, heads, qkv, tokens, cache, number, mine, input, share(count * heads.kv_count), Phase::Write);
+                    barrier.wait();
+                    attend(isa, heads, qkv, tokens, cache, number, mine, input, share(count * heads.kv_count), Phase::Read);
+                }
+                barrier.wait();
+                product(isa, input, count, &layer.attn_proj, Output::Add(x), member, members);
+                barrier.wait();
+                norm_rows(isa, x, input, width, first, last);
+                barrier.wait();
+                product(isa, input, count, &layer.fc, Output::ReluSquared(wide), member, members);
+                barrier.wait();
+                product(isa, wide, count, &layer.mlp_proj, Output::Add(x), member, members);
+                barrier.wait();
+            }
+            norm_rows(isa, x, x, width, first, last);
+        });
+    }
+
+    /// x (count, width) -> out (count, vocabulary), before the soft-cap.
+    ///
+    /// # Safety
+    /// x and out are as large as that, and nobody else touches out.
+    pub unsafe fn logits(&mut self, x: Place<f32>, count: usize, out: Place<f32>, threads: usize) {
+        grow(&mut self.buffers.input, count * self.width, N::default());
+        let input = Place(self.buffers.input.as_mut_ptr());
+        for i in 0..count * self.width {
+            *input.at(i) = N::from_f32(*x.at(i));
+        }
+        let members = threads.min(1 + count * self.head.bytes() / size_of::<N>() / WORK).max(1);
+        let (isa, head) = (isa(), &self.head);
+        self.team.run(members, &|member, members, _| product(isa, input, count, head, Output::Store(out), member, members));
+    }
+}
+
+fn grow<T: Clone>(buffer: &mut Vec<T>, size: usize, value: T) {
+    if buffer.len() < size {
+        buffer.resize(size, value);
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Heads<'a> {
+    count: usize,
+    kv_count: usize,
+    size: usize,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Phase {
+    Write, // rotate the keys, put them and the values into the cache
+    Read,  // rotate the queries and look
+    Both,
+}
+
+per_isa! {
+    /// RMSNorm of rows first to last of x (rows, width), in place where `to` is x.
+    pub fn norm_rows[N: Number][N](isa: Isa, x: Place<f32>, to: Place<N>, width: usize, first: usize, last: usize) {
+        let _ = isa;
+        for row in first..last {
+            // SAFETY: no other member has these rows. The row is read whole before its first number is written.
+            unsafe {
+                let start = x.at(row * width);
+                let factor = 1.0 / (sum_of_squares(std::slice::from_raw_parts(start, width)) / width as f32 + EPSILON).sqrt();
+                for i in 0..width {
+                    *to.at(row * width + i) = N::from_f32(*start.add(i) * factor);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sum_of_squares(values: &[f32]) -> f32 {
+    dot(values, values)
+}
+
+/// LANES sums side by side, then one.
+#[inline(always)]
+fn dot(one: &[f32], other: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, others) = (one.chunks_exact(LANES), other.chunks_exact(LANES));
+    let (rest, other_rest) = (chunks.remainder(), others.remainder());
+    for (a, b) in chunks.zip(others) {
+        for i in 0..LANES {
+            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+        }
+    }
+    for (i, (a, b)) in rest.iter().zip(other_rest).enumerate() {
+        lanes[i] = a.mul_add(*b, lanes[i]);
+    }
+    sum_of(lanes)
+}
+
+#[inline(always)]
+fn sum_of(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// e^x for x <= 0, to 2 units in the last place; 0 below -87. Plain arithmetic, so that a loop of it becomes vector code.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to whole numbers
+    let whole = x.max(-87.0).mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = whole - ROUND;
+    let r = (-n).mul_add(1.428_606_8e-6, (-n).mul_add(0.693_145_75, x.max(-87.0))); // x - n ln 2, ln 2 in two parts
+    let mut y = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        y = f32::mul_add(y, r, c);
+    }
+    let y = y * f32::from_bits((whole.to_bits() << 23).wrapping_add(127 << 23));
+    if x < -87.0 {
+        0.0
+    } else {
+        y
+    }
+}
+
+/// x turned by its position's angle, then normed: (x1 cos + x2 sin, x2 cos - x1 sin).
+#[inline(always)]
+fn turn_and_norm(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, to: &mut [f32]) {
+    let half = x.len() / 2;
+    let (first, second) = x.split_at(half);
+    let (to_first, to_second) = to.split_at_mut(half);
+    for i in 0..half {
+        to_first[i] = first[i] * cos[i] + second[i] * sin[i];
+        to_second[i] = second[i] * cos[i] - first[i] * sin[i];
+    }
+    let factor = scale / (sum_of_squares(to) / to.len() as f32 + EPSILON).sqrt();
+    for value in to.iter_mut() {
+        *value *= factor;
+    }
+}
+
+per_isa! {
+    /// Attention of some (token, key head) pairs: qkv (tokens, heads + 2 kv heads, size) -> to (tokens, heads, size).
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend[N: Number][N](isa: Isa, heads: Heads, qkv: Place<f32>, tokens: Tokens, cache: Cache, layer: usize, scores: Place<f32>, to: Place<N>, tasks: (usize, usize), phase: Phase) {
+        match heads.size {
+            32 => attend_sized::<N, 32>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
+            64 => attend_sized::<N, 64>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
+            128 => attend_sized::<N, 128>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
+            _ => attend_sized::<N, 0>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
+        }
+    }
+}
+
+/// D is the heads' size where the compiler may know it, else 0.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+fn attend_sized<N: Number, const D: usize>(
+    _: Isa,
+    heads: Heads,
+    qkv: Place<f32>,
+    tokens: Tokens,
+    cache: Cache,
+    layer: usize,
+    scores: Place<f32>,
+    to: Place<N>,
+    tasks: (usize, usize),
+    phase: Phase,
+) {
+    let size = if D == 0 { heads.size } else { D };
+    let (lines, half) = (heads.count / heads.kv_count, size / 2);
+    let mut turned = [0f32; MAX_HEAD];
+    let mut sums = [0f32; MAX_HEAD];
+    for task in tasks.0..tasks.1 {
+        let (token, kv_head) = (task / heads.kv_count, task % heads.kv_count);
+        let (row, position) = (tokens.rows[token] as usize, tokens.positions[token] as usize);
+        let (cos, sin) = (&heads.cos[position * half..][..half], &heads.sin[position * half..][..half]);
+        let start = row * cache.strides[0] + kv_head * cache.strides[1];
+        // SAFETY: the caller vouches for the sizes; each (token, key head) has places of its own.
+        unsafe {
+            let mine = qkv.at(token * (heads.count + 2 * heads.kv_count) * size);
+            let (keys, values) = (cache.keys[layer].at(start), cache.values[layer].at(start));
+            if phase != Phase::Read {
+                let key = std::slice::from_raw_parts(mine.add((heads.count + kv_head) * size), size);
+                let place = position * cache.strides[2];
+                turn_and_norm(key, cos, sin, 1.0, std::slice::from_raw_parts_mut(keys.add(place), size));
+                std::ptr::copy_nonoverlapping(mine.add((heads.count + heads.kv_count + kv_head) * size), values.add(place), size);
+            }
+            if phase == Phase::Write {
+                continue;
+            }
+            let reach = position + 1;
+            for line in 0..lines {
+                let head = kv_head * lines + line;
+                let query = std::slice::from_raw_parts(mine.add(head * size), size);
+                turn_and_norm(query, cos, sin, 1.0 / (size as f32).sqrt(), &mut turned[..size]);
+                let scores = std::slice::from_raw_parts_mut(scores.0, reach);
+                let mut peaks = [f32::NEG_INFINITY; LANES];
+                for (i, score) in scores.iter_mut().enumerate() {
+                    *score = dot(&turned[..size], std::slice::from_raw_parts(keys.add(i * cache.strides[2]), size));
+                    peaks[i % LANES] = peaks[i % LANES].max(*score);
+                }
+                let peak = peaks.into_iter().fold(f32::NEG_INFINITY, f32::max);
+                for score in scores.iter_mut() {
+                    *score = exp(*score - peak);
+                }
+                let total = dot_ones(scores);
+                let sums = &mut sums[..size];
+                sums.fill(0.0);
+                for (i, &weight) in scores.iter().enumerate() {
+                    let value = std::slice::from_raw_parts(values.add(i * cache.strides[2]), size);
+                    for d in 0..size {
+                        sums[d] = value[d].mul_add(weight, sums[d]);
+                    }
+                }
+                let place = to.at((token * heads.count + head) * size);
+                for d in 0..size {
+                    *place.add(d) = N::from_f32(sums[d] / total);
+                }
+            }
+        }
+    }
+}
+
+pub const MAX_HEAD: usize = 512; // numbers of a head
+
+#[inline(always)]
+fn dot_ones(values: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += chunk[i];
+        }
+    }
+    for (i, value) in rest.iter().enumerate() {
+        lanes[i] += value;
+    }
+    sum_of(lanes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_exact_to_two_units_in_the_last_place() {
+        for i in 0..=870_000 {
+            let x = -(i as f32) * 1e-4;
+            let exact = (x as f64).exp();
+            assert!((exp(x) as f64 - exact).abs() <= 2.5e-7 * exact, "{x}: {} {exact}", exp(x));
+        }
+        assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+    }
+}
