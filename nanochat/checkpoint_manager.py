@@ -16,7 +16,8 @@ import re
 
 import torch
 
-from nanochat.common import Compute, base_dir, compute_init, print0, sha256_of, write_atomic
+from nanochat.common import base_dir, print0, sha256_of, write_atomic
+from nanochat.compute import Compute, compute_init
 from nanochat.configurator import config_dict
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT, GPTConfig

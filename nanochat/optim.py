@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.adamw import adamw_update
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.muon import muon_direction, muon_move, muon_update
 
 

@@ -22,7 +22,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import base_dir, compute_cleanup, compute_init, print0, write_atomic
+from nanochat.common import base_dir, print0, write_atomic
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import parse
 from nanochat.core_bundle import find_bundle, load_bundle
 from nanochat.core_eval import choose_items, core_score, evaluate_task, task_numbers

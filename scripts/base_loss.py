@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import compute_cleanup, compute_init, print0
+from nanochat.common import print0
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import parse
 from nanochat.dataloader import PretrainingLoader
 from nanochat.dataset import iter_documents, list_shards

@@ -6,7 +6,8 @@
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import save_checkpoint, start_or_resume
-from nanochat.common import compute_cleanup, compute_init, print0
+from nanochat.common import print0
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import config_dict, parse
 from nanochat.dataloader import PretrainingLoader
 from nanochat.dataset import list_shards

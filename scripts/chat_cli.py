@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import base_dir, compute_cleanup, compute_init, write_atomic
+from nanochat.common import base_dir, write_atomic
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import parse
 from nanochat.engine import Engine, TextStream, message_parts
 from nanochat.run_logger import visible

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanochat.checkpoint_manager import FOLDERS, load_model
-from nanochat.common import base_dir, compute_cleanup, compute_init, print0, write_atomic
+from nanochat.common import base_dir, print0, write_atomic
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.report import add_section

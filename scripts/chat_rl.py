@@ -10,7 +10,8 @@ also between sampling and the update, and resumed ends at the same weights: all 
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model, refuse_own_parent, save_checkpoint, start_or_resume
-from nanochat.common import base_dir, compute_cleanup, compute_init, print0
+from nanochat.common import base_dir, print0
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.engine import Engine
 from nanochat.interpretability.attention_metrics import attention_metrics

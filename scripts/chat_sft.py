@@ -6,7 +6,8 @@
 from dataclasses import dataclass
 
 from nanochat.checkpoint_manager import load_model, refuse_own_parent, save_checkpoint, start_or_resume
-from nanochat.common import base_dir, compute_cleanup, compute_init, print0
+from nanochat.common import base_dir, print0
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import config_dict, inherit, parse
 from nanochat.data_recipes import SFT, SFT_VALIDATION, chat_recipe, recipe
 from nanochat.dataloader import PaddedLoader

@@ -30,7 +30,8 @@ import uvicorn
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from nanochat.common import Compute, compute_init, env, print0
+from nanochat.common import env, print0
+from nanochat.compute import Compute, compute_init
 from nanochat.configurator import parse
 from nanochat.interpretability.attention_metrics import prompt_spans
 from nanochat.interpretability.capture import Capture

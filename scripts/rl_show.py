@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat.checkpoint_manager import FOLDERS, load_model, saved_steps, stage_dir
-from nanochat.common import base_dir, compute_cleanup, compute_init, write_atomic
+from nanochat.common import base_dir, write_atomic
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import parse
 from nanochat.interpretability.rollout_log import has_signal, read_rollouts
 from nanochat.interpretability.update_explained import explain_update, full_colour, summarize_update, update_page, update_text

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import base_dir, compute_cleanup, compute_init, print0, write_atomic
+from nanochat.common import base_dir, print0, write_atomic
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import config_dict, parse
 from nanochat.engine import Engine, Request, message_parts
 from nanochat.report import add_section

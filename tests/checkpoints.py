@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.checkpoint_manager import save_checkpoint, stage_dir
-from nanochat.common import base_dir, compute_init
+from nanochat.common import base_dir
+from nanochat.compute import compute_init
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import LoopState

@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.app import Settings, build_app

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import compute_cleanup, compute_init
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import MuonAdamW
 from nanochat.rl import update

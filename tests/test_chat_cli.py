@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.engine import Engine, Request, message_parts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import MuonAdamW

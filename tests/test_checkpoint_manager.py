@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as manager
-from nanochat.common import Compute, write_atomic
+from nanochat.common import write_atomic
+from nanochat.compute import Compute
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import MuonAdamW
 from nanochat.training import LoopState

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.core_bundle import CORE_LABELS, CoreTask, Item, load_bundle
 from nanochat.core_eval import core_score, crop, draw_examples, evaluate_task, render, render_blind, task_numbers, to_record, tokenize
 from nanochat.gpt import GPT, GPTConfig

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dev import depth_table
-from nanochat.common import compute_init
+from nanochat.compute import compute_init
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.optim import MuonAdamW
 from scripts import base_train

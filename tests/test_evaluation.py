@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.configurator import parse
 from nanochat.engine import Completion, Engine
 from nanochat.gpt import GPT, GPTConfig

@@ -14,7 +14,7 @@ import torch
 
 from hf_jobs import store
 from nanochat.checkpoint_manager import newest_whole, save_checkpoint, stage_dir
-from nanochat.common import compute_init
+from nanochat.compute import compute_init
 from nanochat.configurator import parse
 from nanochat.training import LoopState
 from tests.checkpoints import Config, noisy_model, small_tokenizer

@@ -52,7 +52,7 @@ OWNERS = {
     r"os\.environ|os\.getenv": {"nanochat/common.py"},
     r"torch\.save": {"nanochat/checkpoint_manager.py"},
     r"wandb\.(init|log|login)": {"nanochat/run_logger.py"},
-    r"(dist|torch\.distributed)\.(all_reduce|all_gather\w*|reduce_scatter\w*|broadcast\w*|barrier|init_process_group)": {"nanochat/common.py", "nanochat/optim.py"},
+    r"(dist|torch\.distributed)\.(all_reduce|all_gather\w*|reduce_scatter\w*|broadcast\w*|barrier|init_process_group)": {"nanochat/compute.py", "nanochat/optim.py"},
     r"subprocess\.\w+": {"nanochat/execution.py", "nanochat/cloud/", "nanochat/report.py", "dev/"},
     r"pickle\.(load|loads|Unpickler)": {"nanochat/reference_tokenizer.py"},
     r"(builtins\.)?(eval|exec)": set(),

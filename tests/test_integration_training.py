@@ -23,7 +23,7 @@ from dev.integration_training.rollouts.datasets import KINDS, Rows, Synthetic, b
 from dev.integration_training.rollouts.models import make_tiny, open_policy
 from dev.integration_training.rollouts.training import build_judged, policy_gradient, schedule
 from dev.integration_training.rollouts.types import DataBuffer, pack
-from nanochat.common import compute_init
+from nanochat.compute import compute_init
 from nanochat.engine import Request
 from nanochat.rl.rollout import make_batches, sample_groups
 from nanochat.rl.update import Objective, set_advantages

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.core_bundle import CoreTask, Item, load_bundle
 from nanochat.core_eval import draw_examples, evaluate_task, render
 from nanochat.gpt import GPT, GPTConfig

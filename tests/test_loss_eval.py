@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.loss_eval import evaluate_bpb
 
 def uniform_model(inputs, targets, loss_reduction):

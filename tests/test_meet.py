@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from nanochat.common import collective_timeout, meet
+from nanochat.compute import collective_timeout, meet
 
 
 def start(store, world_size=3, number=0, counts=(), failures=(), ranks=None):

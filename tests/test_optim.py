@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanochat.adamw import adamw_update
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.muon import muon_update, orthogonalize
 from nanochat.optim import MuonAdamW

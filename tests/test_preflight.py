@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.engine import Engine
 from nanochat.rl.preflight import check_rewards, preflight, refuse_without_signal, summarize_signal, too_long
 from nanochat.rl.rollout import Sampler

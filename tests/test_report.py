@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanochat import report
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.report import Config, add_section, collect, markdown_page, result_row, sparkline, summary, verdict
 from nanochat.report_page import html_page
 from nanochat.report_plots import fifths, running_mean

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.rl.metrics import rollout_metrics

@@ -18,7 +18,7 @@ import torch
 
 import tasks.common as common
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.configurator import parse
 from nanochat.engine import Completion
 from nanochat.gpt import GPT, config_from_depth

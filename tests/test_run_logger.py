@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanochat import run_logger
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.run_logger import RunLogger, read_log
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +146,7 @@ FOUR_RUNS = """
 import os
 from dataclasses import dataclass
 import torch
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.run_logger import RunLogger
 @dataclass(frozen=True)
 class Config:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from nanochat.common import Compute
+from nanochat.compute import Compute
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.sharding import place
 from tests import pipeline

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat.common import Compute, native_dtype
+from nanochat.compute import Compute, native_dtype
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import peak_flops
 from nanochat.schedules import cosine, linear_decay, muon_momentum, warmup, warmup_warmdown

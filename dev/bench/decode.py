@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch  # noqa: E402
 
-from nanochat.common import Compute, compute_init  # noqa: E402
+from nanochat.compute import Compute, compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
 from nanochat.engine import Engine, Request  # noqa: E402
 from nanochat.gpt import GPT, config_from_depth  # noqa: E402

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from nanochat.checkpoint_manager import load_model  # noqa: E402
-from nanochat.common import compute_init  # noqa: E402
+from nanochat.compute import compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
 from nanochat.core_bundle import find_bundle, load_bundle  # noqa: E402
 from nanochat.core_eval import choose_items, crop, draw_examples, evaluate_task, likeliest, render, render_blind, tokenize  # noqa: E402

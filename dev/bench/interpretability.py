@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanochat.common import compute_init  # noqa: E402
+from nanochat.compute import compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
 from nanochat.gpt import GPT, config_from_depth  # noqa: E402
 from nanochat.interpretability.attention_metrics import measure_overhead  # noqa: E402

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dev.bench import decode
-from nanochat.common import compute_init
+from nanochat.compute import compute_init
 from nanochat.configurator import parse
 from nanochat.engine import Engine
 from nanochat.gpt import GPT

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from nanochat.checkpoint_manager import save_checkpoint  # noqa: E402
-from nanochat.common import base_dir, compute_init  # noqa: E402
+from nanochat.common import base_dir  # noqa: E402
+from nanochat.compute import compute_init  # noqa: E402
 from nanochat.configurator import parse  # noqa: E402
 from nanochat.gpt import GPT, config_from_depth  # noqa: E402
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402

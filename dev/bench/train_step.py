@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.common import compute_init
+from nanochat.compute import compute_init
 from nanochat.configurator import parse
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import peak_flops

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanochat.common import DTYPES, base_dir, compute_cleanup, compute_init, print0, write_atomic  # noqa: E402
+from nanochat.common import base_dir, print0, write_atomic  # noqa: E402
+from nanochat.compute import DTYPES, compute_cleanup, compute_init  # noqa: E402
 from nanochat.statistics import accuracy_interval, compare, percent  # noqa: E402
 from nanochat.training import seed_everything  # noqa: E402
 from tasks.common import message_text  # noqa: E402

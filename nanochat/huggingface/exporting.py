@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import DTYPES, print0
+from nanochat.common import print0
+from nanochat.compute import DTYPES
 from nanochat.huggingface.card import model_card
 from nanochat.huggingface.folder import write_folder
 
