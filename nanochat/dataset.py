@@ -11,9 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from nanochat.common import base_dir, env, sha256_of
 from nanochat.configurator import parse
 
@@ -93,6 +90,8 @@ def iter_documents(shards, start=(0, 0, 0), with_positions=False):
 
 def row_group_sizes(path):
     """A shard -> the number of documents in each of its row groups, from the footer alone."""
+    import pyarrow as pa  # here and below, not above: a third of a second that whoever reads no shard need not spend
+    import pyarrow.parquet as pq
     try:
         with pq.ParquetFile(path) as shard:
             columns = shard.schema_arrow
@@ -107,11 +106,13 @@ def row_group_sizes(path):
 
 
 def is_text(kind):
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    from pyarrow import types
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def read_row_group(path, group):
     """A shard and a row group's number -> its texts as one arrow column: bytes until someone asks for a row."""
+    import pyarrow.parquet as pq
     with pq.ParquetFile(path) as shard:
         return shard.read_row_group(group, columns=["text"])["text"]
 

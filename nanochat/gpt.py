@@ -60,6 +60,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # nothing to fill there, but torch would import its compiler for it: a second and a half
+            super().reset_parameters()
+
+
 def rotary_table(length, head_dim, device, base=10000.0):
     """cos and sin of position times frequency, each (length, D/2) float32 (RoFormer, arXiv 2104.09864)."""
     # a quotient, not a negative power: the reference and Hugging Face round like this, and with it our logits are theirs to the bit
@@ -132,7 +138,7 @@ class GPT(nn.Module):
         self.config, self.compute_dtype, self.compiled = config, compute_dtype, False
         self.is_divided = False  # over the ranks: sharding.place
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wte": Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size)

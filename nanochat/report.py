@@ -7,9 +7,12 @@ with the answers to read beside them in answers.html.
 
 What is missing is said in words. This file collects and writes text; `report_page` draws.
 """
+import ctypes
+import importlib.util
 import json
 import math
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from nanochat.common import base_dir, write_atomic
 from nanochat.configurator import parse
@@ -218,7 +220,7 @@ def facts(runs, sections, cost_per_hour):
     hours = sum(seconds.values()) / 3600
     rows = [("Written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())), ("Code", git_state()), ("GPU", gpu_names()),
             ("CPU", f"{cpu_name()}, {psutil.cpu_count(logical=True)} cores"), ("Memory", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"),
-            ("Software", f"Python {platform.python_version()}, torch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.cuda.is_available() else ""))]
+            ("Software", f"Python {platform.python_version()}, {torch_version()}")]
     if seconds:
         rows.append(("Training time", f"{duration(sum(seconds.values()))} (" + ", ".join(f"{name} {duration(value)}" for name, value in seconds.items()) + ")"))
     if seconds and cost_per_hour >= 0:
@@ -245,7 +247,18 @@ def cpu_name():
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
 
 
+def torch_version():
+    """torch's version, and CUDA's where there is a GPU, out of the file that holds both: importing torch takes two seconds."""
+    found = runpy.run_path(str(Path(importlib.util.find_spec("torch").origin).with_name("version.py")))
+    return f"torch {found['__version__']}" + (f", CUDA {found['cuda']}" if gpu_names() != "none" else "")
+
+
 def gpu_names():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "none"
+    import torch  # here: where there is no driver there is no GPU to ask it about
     if not torch.cuda.is_available():
         return "none"
     names = [f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)" for i in range(torch.cuda.device_count())]

@@ -6,8 +6,6 @@ gathered and cut one tensor at a time, so a run may go from one way to the other
 whole copy on each rank, in the dtype that computes and without gradient or optimizer (`whole_model`, `refill`).
 """
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from nanochat.common import print0
 from nanochat.gpt import frozen_gpt
@@ -27,6 +25,8 @@ def place(model, compute, shard="none"):
     if compute.world_size == 1:
         print0("shard=full: one process has nobody to share with, so its model stays whole")
         return model.to(compute.device)
+    from torch.distributed.device_mesh import init_device_mesh  # here: almost a second that only a divided model need spend
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32))

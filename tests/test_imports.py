@@ -73,6 +73,34 @@ def test_importing_everything_prints_nothing_and_reads_no_arguments():
     assert (result.returncode, result.stdout) == (0, ""), result.stdout + result.stderr
 
 
+def loaded_after(code, heavy):
+    """Which of these modules a fresh process holds once it has run the code."""
+    code = f"import sys\n{code}\nprint(*sorted(set({heavy}) & set(sys.modules)))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout.split()
+
+
+def test_stages_without_tensors_import_no_torch():
+    assert loaded_after("import nanochat.report, scripts.contamination, scripts.prepare_offline, scripts.tok_train", ["torch", "matplotlib"]) == []
+
+
+def test_stages_import_what_they_use_and_sample_without_a_compiler():
+    """Each process of the pipeline pays for its imports again: sharding, pictures, parquet and the compiler are there for those who ask for them."""
+    code = """
+import scripts.base_loss, scripts.base_train, scripts.chat_eval, scripts.chat_rl, scripts.chat_sft, scripts.mid_train, scripts.reasoning_eval
+from nanochat.gpt import GPT, GPTConfig, frozen_gpt
+sizes = GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+frozen_gpt(sizes, scripts.chat_rl.compute_init("cpu", "float32").dtype, GPT(sizes).state_dict())
+"""
+    assert loaded_after(code, ["torch._dynamo", "torch.distributed.fsdp", "sympy", "matplotlib", "pyarrow", "datasets", "transformers", "wandb"]) == []
+
+
+def test_common_still_answers_for_compute():
+    from nanochat import common, compute
+    assert all(getattr(common, name) is getattr(compute, name) for name in common.IN_COMPUTE)
+    with pytest.raises(AttributeError, match="nothing_such"):
+        common.nothing_such
+
+
 def test_no_machine_paths_and_no_secrets_are_tracked():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:

@@ -7,10 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from nanochat.common import write_atomic
 from nanochat.interpretability.attention_metrics import prompt_spans
@@ -48,12 +44,14 @@ def save_attention_pictures(model, tokenizer, sequence, prompt_length, folder, l
 
 def plot_attention(weights, query_labels, key_labels, path, title, key_kinds=None):
     """weights (H, Q, K) -> a PNG with one heatmap per head. `key_kinds` colours the labels of the keys (see SPAN_COLORS)."""
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
     H, Q, K = weights.shape
     columns = 1 if K > 64 else 2 if H > 1 else 1
     rows = -(-H // columns)
     margin = 0.5 + 0.06 * max(map(len, query_labels))
     width, height = columns * (K * CELL + margin) + 0.9, rows * (Q * CELL + 0.35) + 1.6
-    figure = Figure(figsize=(max(width, 7), height), layout="constrained")
+    figure = new_figure(max(width, 7), height)
     colors = colormaps["Blues"].with_extremes(bad="#eceef1")  # the future, which no query sees, is grey and not merely pale
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for place, ax in enumerate(axes.flat):
@@ -87,7 +85,7 @@ def plot_heads(table, path, layers=None):
     L, H = table[names[0]].shape
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(columns * max(1.9, 0.42 * H + 0.9), rows * (0.24 * L + 0.95)), layout="constrained")
+    figure = new_figure(columns * max(1.9, 0.42 * H + 0.9), rows * (0.24 * L + 0.95))
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(names):]:
         ax.axis("off")
@@ -115,11 +113,12 @@ def plot_heads(table, path, layers=None):
 def plot_lens(lens, path):
     """A Lens -> a PNG: over the depth, the probability of the right and of the final letter among the letters, their ranks in the vocabulary,
     how often the right one leads, and at which depth each begins to lead for good."""
+    from matplotlib.ticker import MaxNLocator
     depths, N = range(lens.probs.size(1)), len(lens.answers)
     blue, orange = SPAN_COLORS["question"], SPAN_COLORS["options"]
     of_right, of_final = lens.of(lens.right, lens.probs), lens.of(lens.final, lens.probs)  # (N, L + 1)
     leads = (lens.probs.argmax(dim=-1) == lens.right[:, None]).double().mean(dim=0)
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = new_figure(12, 3.2)
     probs, ranks, shares, counts = figure.subplots(1, 4)
     for row in of_right[:64]:
         probs.plot(depths, row, color=FAINT, alpha=0.2, linewidth=0.6)
@@ -162,6 +161,12 @@ def token_labels(tokenizer, ids):
         text = "".join(letter if letter.isprintable() else "?" for letter in text)
         labels.append((text if len(text) <= 12 else f"{text[:11]}…").replace("$", r"\$"))
     return labels
+
+
+def new_figure(width, height):
+    """An empty figure, in inches. matplotlib is imported here and not above: two thirds of a second that only those spend who draw."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path):
