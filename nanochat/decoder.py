@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from rustbpe import CpuTransformer
 
 from nanochat.gpt import norm
+from nanochat.kv_cache import CpuKVCache, KVCache
 from nanochat.vocab_loss import SOFTCAP
 
 
@@ -28,6 +29,9 @@ class CpuDecoder:
         self.transformer = CpuTransformer(config.n_embd, config.n_head, config.n_kv_head, config.n_layer, model.compute_dtype == torch.bfloat16)
         self.refresh()
 
+    def new_cache(self):
+        return CpuKVCache(self.model.config, self.model.device)
+
     def refresh(self):
         """The model's weights have changed: pack them anew."""
         model, dtype = self.model, self.model.compute_dtype
@@ -40,9 +44,9 @@ class CpuDecoder:
     def hidden(self, inputs, kv_cache):
         """(B, T) ids that continue what the cache holds -> (B, T, C) float32 after the last norm; 0 at a prefill's padding."""
         B, T = inputs.size()
-        rows, positions, is_real = kv_cache.fed_tokens(B, T)
+        is_real, places = kv_cache.places(B, T)
         x = F.embedding(inputs.reshape(-1) if is_real is None else inputs[is_real], self.model.transformer.wte.weight).float()  # (N, C)
-        self.transformer.hidden(x.data_ptr(), rows, positions, *kv_cache.addresses(), torch.get_num_threads())
+        self.transformer.hidden(x.data_ptr(), *places, torch.get_num_threads())
         kv_cache.advance(T)
         if is_real is None:
             return x.view(B, T, -1)
@@ -68,6 +72,9 @@ class TorchDecoder:
         self.rotary = torch.stack((torch.cat((model.cos, model.cos), 1), torch.cat((model.sin, -model.sin), 1)), 1).to(model.compute_dtype)
         self.epsilon = torch.full((1,), 1e-6, device=model.device)
         self.refresh()
+
+    def new_cache(self):
+        return KVCache(self.model.config, self.model.compute_dtype, self.model.device)
 
     def refresh(self):
         """The model's weights have changed: put queries', keys' and values' side by side anew."""

@@ -65,10 +65,10 @@ class Group:
 
 class Row:
     """One completion in flight."""
-    __slots__ = ("id", "request", "sample", "tokens", "mask", "logprobs", "limit", "stops", "forced", "expression")
+    __slots__ = ("id", "request", "key", "tokens", "mask", "logprobs", "limit", "stops", "forced", "expression")
 
-    def __init__(self, id, request, sample, limit, stops):
-        self.id, self.request, self.sample, self.limit, self.stops = id, request, sample, limit, stops
+    def __init__(self, id, request, key, limit, stops):
+        self.id, self.request, self.key, self.limit, self.stops = id, request, key, limit, stops  # key: of its random stream
         self.tokens, self.mask, self.logprobs = [], [], []
         self.forced = deque()  # tokens a tool has put in the row's mouth
         self.expression = None  # the tokens since <|python_start|>, inside a tool call
@@ -89,7 +89,7 @@ class Engine:
         # What computes a step: hidden and raw_logits. The soft-cap is left to the sampler.
         self.decoder = make_decoder(self.model) if isinstance(model, GPT) else None
         self.kept = deque(maxlen=keep_rows)  # (tokens, Prefill) of finished rows
-        self.kv_cache = KVCache(model.config, model.compute_dtype, model.device)
+        self.kv_cache = KVCache(model.config, model.compute_dtype, model.device) if self.decoder is None else self.decoder.new_cache()
         self.markers = {name: tokenizer.encode_special(f"<|{name}|>") for name in
                         ("assistant_end", "python_start", "python_end", "output_start", "output_end")}
         self.stops = frozenset((self.markers["assistant_end"], tokenizer.bos_id))
@@ -273,9 +273,9 @@ class Engine:
         sources, rows = [], []
         for source, (group, count) in enumerate(batch):
             request = group.request
-            limit = min(request.max_new_tokens, self.model.config.sequence_len - len(request.tokens))
+            limit, stops = min(request.max_new_tokens, self.model.config.sequence_len - len(request.tokens)), self.stops | set(request.stop_ids)
             for sample, id in (group.waiting.popleft() for _ in range(count)):
-                rows.append(Row(id, request, sample, limit, self.stops | set(request.stop_ids)))
+                rows.append(Row(id, request, stream_key(request.seed, sample), limit, stops))
                 sources.append(source)
             if group.waiting and group.prefill is None:
                 group.prefill, group.logits = prefill.row(source), logits[source:source + 1].clone()
@@ -351,7 +351,7 @@ class RowSampler:
 
     def __init__(self, rows, device, cap=None):
         self.sampler = Sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows], device, *((cap,) if cap else ()))
-        self.keys = np.array([stream_key(row.request.seed, row.sample) for row in rows], dtype=np.uint64)
+        self.keys = np.array([row.key for row in rows], dtype=np.uint64)
         self.device = device
 
     def draw(self, logits, rows):

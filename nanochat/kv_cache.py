@@ -2,8 +2,8 @@
 
 `KVCache` holds one row per completion in flight, each with its own length. The rows in use are always the first ones: a row
 that leaves is filled by the last, so a step costs what the rows in use cost. `Prefill` computes the prompts that enter.
-Both are handed to `GPT.hidden(inputs, kv_cache)`, which calls positions, attend and advance, or to CpuDecoder, which asks for the new tokens'
-places and the memory's addresses instead; no other file knows the layout.
+Both are handed to `GPT.hidden(inputs, kv_cache)`, which calls positions, attend and advance, or to CpuDecoder, which asks for places instead:
+the new tokens' and the memory's addresses. No other file knows the layout.
 """
 import numpy as np
 import torch
@@ -38,33 +38,41 @@ class Prefill:
     def advance(self, T):
         pass
 
-    def fed_tokens(self, B, T):
-        """-> the (row, position) of every token as two lists, and which of (B, T) ids they are. Makes room for them."""
+    def places(self, B, T):
+        """-> which of (B, T) ids are real, and CpuTransformer's account of their places: (rows, positions, addresses of keys, of values, strides, room,
+        no shared prompts). Makes room for them: one head's positions follow each other."""
         config, lengths = self.config, [T] * B if self.lengths is None else self.lengths
-        shape = B, self.reused + T, config.n_kv_head, config.n_embd // config.n_head
+        Hkv, reach, D = config.n_kv_head, self.reused + T, config.n_embd // config.n_head
         for part, old in ((self.keys, self.past and self.past.keys), (self.values, self.past and self.past.values)):
             for layer in range(config.n_layer):
-                part[layer] = torch.zeros(shape)  # padding is copied with the rest, and 0 times garbage could be NaN
+                part[layer] = torch.zeros(B, Hkv, reach, D).transpose(1, 2)  # zeros: padding is copied with the rest, and 0 times garbage could be NaN
                 if self.past is not None:
                     part[layer][:, :self.reused] = old[layer][:, :self.reused]
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]
         positions = [position for length in lengths for position in range(self.reused, self.reused + length)]
-        return rows, positions, torch.arange(T) < torch.tensor(lengths)[:, None]
-
-    def addresses(self):
-        B, T, Hkv, D = self.keys[0].size()
-        return [part.data_ptr() for part in self.keys], [part.data_ptr() for part in self.values], (T * Hkv * D, D, Hkv * D), (B, T)
+        is_real = torch.arange(T) < torch.tensor(lengths)[:, None]
+        return is_real, (rows, positions, *addresses(self), (Hkv * reach * D, reach * D, D), (B, reach), [], [])
 
     def row(self, index):
         """A Prefill of one prompt alone, which does not keep the others' memory alive."""
         alone = Prefill(self.config, self.device)
-        alone.keys = [keys[index:index + 1].clone() for keys in self.keys]
-        alone.values = [values[index:index + 1].clone() for values in self.values]
+        alone.keys, alone.values = ([by_head(part[index:index + 1]) for part in half] for half in (self.keys, self.values))
         return alone
 
 
+def by_head(part):
+    """(1, T, Hkv, D) -> a copy in which one head's positions follow each other."""
+    return part.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def addresses(cache):
+    """-> those of the keys and those of the values, by layer."""
+    return [part.data_ptr() for part in cache.keys], [part.data_ptr() for part in cache.values]
+
+
 class KVCache:
-    """Rows 0 .. n_rows-1 are in use, `lengths[row]` positions of each. Memory grows in steps and stays until `release()`."""
+    """Rows 0 .. n_rows-1 are in use, `lengths[row]` positions of each, the first of them that memory is kept for `starts[row]` (0 here). Memory grows
+    in steps and stays until `release()`."""
 
     def __init__(self, config, dtype, device):
         self.config, self.device = config, torch.device(device)
@@ -78,7 +86,7 @@ class KVCache:
     @torch.inference_mode()
     def release(self):
         """Forget every row and give the memory back."""
-        self.n_rows, self.lengths = 0, np.zeros(0, dtype=np.int64)
+        self.n_rows, self.lengths, self.starts = 0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.allocate(0, 0)
 
     @property
@@ -89,7 +97,8 @@ class KVCache:
         """Make room for (rows, positions), keeping what the rows in use hold. keys and values: (rows, Hkv, positions, D) for each layer."""
         config = self.config
         shape = rows, config.n_kv_head, positions, config.n_embd // config.n_head
-        n, reach = self.n_rows, int(self.lengths[:self.n_rows].max(initial=0))
+        n = self.n_rows
+        reach = int((self.lengths - self.starts)[:n].max(initial=0))
 
         def moved(half):
             parts = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.n_layer)]  # zeros: 0 times garbage could be NaN
@@ -97,9 +106,8 @@ class KVCache:
                 part[:n, :, :reach] = old[:n, :, :reach]
             return parts
         self.keys, self.values = moved(self.keys), moved(self.values)
-        self.key_addresses, self.value_addresses = ([part.data_ptr() for part in half] for half in (self.keys, self.values))
         self.row_capacity, self.position_capacity = rows, positions
-        self.lengths = np.concatenate([self.lengths, np.zeros(max(rows - len(self.lengths), 0), dtype=np.int64)])
+        self.lengths, self.starts = (np.concatenate([part, np.zeros(max(rows - len(part), 0), dtype=np.int64)]) for part in (self.lengths, self.starts))
         self.key_positions = torch.arange(positions, device=self.device)
 
     def reserve(self, rows, positions):
@@ -133,9 +141,10 @@ class KVCache:
         """Free a row: the last row moves into its place."""
         self.n_rows -= 1
         if row != self.n_rows:
-            length = self.lengths[row] = self.lengths[self.n_rows]
+            self.lengths[row] = self.lengths[self.n_rows]
+            kept = self.lengths[row] - self.starts[self.n_rows]
             for part in (*self.keys, *self.values):
-                part[row, :, :length] = part[self.n_rows, :, :length]
+                part[row, :, :kept] = part[self.n_rows, :, :kept]
 
     # ------------------------------------------------------------ what GPT.hidden calls
 
@@ -176,15 +185,58 @@ class KVCache:
     def advance(self, T):
         self.lengths[:self.n_rows] += T
 
-    # ------------------------------------------------------------ what CpuDecoder calls instead of positions and attend
 
-    def fed_tokens(self, B, T):
-        """-> the (row, position) of every one of the T tokens each row is about to be fed, as two lists; all ids are real."""
+class CpuKVCache(KVCache):
+    """What CpuDecoder reads. Samples of one prompt read its keys and values from one place, which then stays in the processor's own memory (as in
+    Hydragen, arXiv 2402.05099, where it is one product; here the reading is what costs); a row has memory of its own from its first sampled token."""
+
+    def __init__(self, config, device):
+        super().__init__(config, torch.float32, device)
+
+    def release(self):
+        super().release()
+        self.prompts, self.numbered = [], None  # by row: a Prefill of one prompt, or None where the row holds it all; the same for CpuTransformer
+
+    @torch.inference_mode()
+    def add(self, prefill, sources, lengths):
+        """New rows at the end: row i begins as the first lengths[i] positions of the prefill's row sources[i]."""
+        first, is_one = self.n_rows, len(prefill.keys[0]) == 1
+        shared = {source: prefill if is_one else prefill.row(source) for source in set(sources) if is_one or sources.count(source) > 1}
+        self.reserve(first + len(sources), max((length for source, length in zip(sources, lengths) if source not in shared), default=1))
+        for row, (source, length) in enumerate(zip(sources, lengths), first):
+            self.lengths[row], self.starts[row] = length, length if source in shared else 0
+            if source not in shared:
+                for mine, part in zip((*self.keys, *self.values), (*prefill.keys, *prefill.values)):
+                    mine[row, :, :length] = part[source, :length].transpose(0, 1)
+        self.prompts[first:] = [shared.get(source) for source in sources]
+        self.n_rows, self.numbered = first + len(sources), None
+
+    @torch.inference_mode()
+    def row(self, row):
+        alone, start, length = Prefill(self.config, self.device), int(self.starts[row]), int(self.lengths[row])
+        prompt = self.prompts[row] or alone
+        alone.keys, alone.values = ([torch.cat((*([] if start == 0 else [shared[:, :start]]), part[row:row + 1, :, :length - start].transpose(1, 2)), dim=1)
+                                     for part, shared in zip(half, shares)] for half, shares in ((self.keys, prompt.keys), (self.values, prompt.values)))
+        return alone
+
+    @torch.inference_mode()
+    def remove(self, row):
+        last = self.n_rows - 1
+        super().remove(row)
+        self.prompts[row], self.starts[row], self.numbered = self.prompts[last], self.starts[last], None
+        del self.prompts[last:]
+
+    def places(self, B, T):
+        """The same as Prefill's, for T more tokens of each row; they are all real (None)."""
         fed = self.lengths[:B, None] + np.arange(T)
-        self.reserve(B, int(fed.max()) + 1)
-        return np.arange(B).repeat(T).tolist(), fed.ravel().tolist(), None
-
-    def addresses(self):
-        """Addresses of the keys and the values by layer; strides of (row, head, position); (rows, positions) that there is room for."""
+        self.reserve(B, int((fed[:, -1] - self.starts[:B]).max()) + 1)
+        if self.numbered is None:
+            numbers = {id(prompt): number for number, prompt in enumerate(dict.fromkeys(prompt for prompt in self.prompts if prompt is not None))}
+            distinct = {id(prompt): (prompt, int(start)) for prompt, start in zip(self.prompts, self.starts) if prompt is not None}
+            self.numbered = ([(*addresses(distinct[number][0]), distinct[number][0].keys[0].stride(2), distinct[number][1]) for number in numbers],
+                             [-1 if prompt is None else numbers[id(prompt)] for prompt in self.prompts])
         D, positions = self.config.n_embd // self.config.n_head, self.position_capacity
-        return self.key_addresses, self.value_addresses, (self.config.n_kv_head * positions * D, positions * D, D), (self.row_capacity, positions)
+        prompts, prompt_of = self.numbered
+        prompt_of = np.repeat(prompt_of, T).tolist() if prompts else []
+        return None, (np.arange(B).repeat(T).tolist(), fed.ravel().tolist(), *addresses(self), (self.config.n_kv_head * positions * D, positions * D, D),
+                      (self.row_capacity, positions), prompts, prompt_of)

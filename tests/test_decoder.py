@@ -4,7 +4,7 @@ import torch
 
 from nanochat.decoder import CpuDecoder, TorchDecoder, capped_
 from nanochat.engine import Engine, Request
-from nanochat.kv_cache import KVCache, Prefill
+from nanochat.kv_cache import Prefill
 from nanochat.sampling import Sampler, largest
 from nanochat.vocab_loss import capped
 from tests.test_engine import VOCAB, ByteTokenizer, make_model
@@ -18,7 +18,7 @@ def assert_same_as_the_model(make, n_kv_head, rows, dtype=torch.float32, atol=1e
     lengths = [3 + 5 * row % 14 for row in range(rows)]
     with torch.inference_mode():
         expected = model(ids)
-        cache, prefill = KVCache(model.config, dtype, "cpu"), Prefill(model.config, "cpu")
+        cache, prefill = decoder.new_cache(), Prefill(model.config, "cpu")
         hidden = decoder.hidden(ids[:, :max(lengths)], prefill)
         cache.add(prefill, list(range(rows)), lengths)
         for row, length in enumerate(lengths):

@@ -19,12 +19,21 @@ pub struct Layer<N: Number> {
     pub mlp_proj: Matrix<N>,
 }
 
-/// Where a layer's keys, or values, of (row, head, position) begin: `start` + row * strides[0] + head * strides[1] + position * strides[2].
+/// Where keys and values are: those of (row, head, position) begin at row * strides[0] + head * strides[1] + position * strides[2] of their layer.
 #[derive(Clone, Copy)]
 pub struct Cache<'a> {
     pub keys: &'a [Place<f32>], // of every layer
     pub values: &'a [Place<f32>],
     pub strides: [usize; 3],
+    pub prompts: &'a [Prompt],
+}
+
+/// The first `length` positions of all rows that share it; those rows' own memory begins behind it. (head, position) is at head * head_stride + position * size.
+pub struct Prompt {
+    pub keys: Vec<Place<f32>>,
+    pub values: Vec<Place<f32>>,
+    pub head_stride: usize,
+    pub length: usize,
 }
 
 /// The new tokens: each continues `rows[i]` of the cache at `positions[i]`, and looks at all of that row up to itself.
@@ -32,6 +41,7 @@ pub struct Cache<'a> {
 pub struct Tokens<'a> {
     pub rows: &'a [i64],
     pub positions: &'a [i64],
+    pub prompts: &'a [i64], // which of the cache's prompts the row begins with; -1 = none. Empty = none of them does
 }
 
 pub struct Transformer<N: Number> {
@@ -92,6 +102,7 @@ impl<N: Number> Transformer<N> {
         grow(&mut buffers.scores, members * scores_of_one, 0.0);
         let (input, wide) = (Place(buffers.input.as_mut_ptr()), Place(buffers.wide.as_mut_ptr()));
         let (qkv, scores) = (Place(buffers.qkv.as_mut_ptr()), Place(buffers.scores.as_mut_ptr()));
+        let tasks = attention_tasks(tokens, self.kv_heads);
         let (isa, layers) = (isa(), &self.layers);
         let heads = Heads { count: self.heads, kv_count: self.kv_heads, size: self.head_dim, cos: &self.cos, sin: &self.sin };
 
@@ -106,11 +117,44 @@ impl<N: Number> Transformer<N> {
                 barrier.wait();
                 let mine = Place(scores.at(member * scores_of_one));
                 if is_new_row {
-                    attend(isa, heads, qkv, tokens, cache, number, mine, input, share(count * heads.kv_count), Phase::Both);
+                    attend(
+                        isa,
+                        heads,
+                        qkv,
+                        tokens,
+                        cache,
+                        number,
+                        mine,
+                        input,
+                        &tasks[share(tasks.len()).0..share(tasks.len()).1],
+                        Phase::Both,
+                    );
                 } else {
-                    attend(isa, heads, qkv, tokens, cache, number, mine, input, share(count * heads.kv_count), Phase::Write);
+                    attend(
+                        isa,
+                        heads,
+                        qkv,
+                        tokens,
+                        cache,
+                        number,
+                        mine,
+                        input,
+                        &tasks[share(tasks.len()).0..share(tasks.len()).1],
+                        Phase::Write,
+                    );
                     barrier.wait();
-                    attend(isa, heads, qkv, tokens, cache, number, mine, input, share(count * heads.kv_count), Phase::Read);
+                    attend(
+                        isa,
+                        heads,
+                        qkv,
+                        tokens,
+                        cache,
+                        number,
+                        mine,
+                        input,
+                        &tasks[share(tasks.len()).0..share(tasks.len()).1],
+                        Phase::Read,
+                    );
                 }
                 barrier.wait();
                 product(isa, input, count, &layer.attn_proj, Output::Add(x), member, members);
@@ -140,6 +184,20 @@ impl<N: Number> Transformer<N> {
         let (isa, head) = (isa(), &self.head);
         self.team.run(members, &|member, members, _| product(isa, input, count, head, Output::Store(out), member, members));
     }
+}
+
+/// (token, key head) pairs. Rows that share a prompt follow each other head by head, so that its keys and values stay in the core's own cache.
+fn attention_tasks(tokens: Tokens, kv_heads: usize) -> Vec<(u32, u32)> {
+    let mut order: Vec<u32> = (0..tokens.rows.len() as u32).collect();
+    if tokens.prompts.is_empty() {
+        return order.into_iter().flat_map(|token| (0..kv_heads as u32).map(move |head| (token, head))).collect();
+    }
+    order.sort_by_key(|&token| tokens.prompts[token as usize]);
+    let of_one = |one: &u32, other: &u32| tokens.prompts[*one as usize] == tokens.prompts[*other as usize];
+    order
+        .chunk_by(of_one)
+        .flat_map(|rows| (0..kv_heads as u32).flat_map(move |head| rows.iter().map(move |&token| (token, head))))
+        .collect()
 }
 
 fn grow<T: Clone>(buffer: &mut Vec<T>, size: usize, value: T) {
@@ -253,7 +311,7 @@ fn turn_and_norm(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, to: &mut [f32]
 per_isa! {
     /// Attention of some (token, key head) pairs: qkv (tokens, heads + 2 kv heads, size) -> to (tokens, heads, size).
     #[allow(clippy::too_many_arguments)]
-    pub fn attend[N: Number][N](isa: Isa, heads: Heads, qkv: Place<f32>, tokens: Tokens, cache: Cache, layer: usize, scores: Place<f32>, to: Place<N>, tasks: (usize, usize), phase: Phase) {
+    pub fn attend[N: Number][N](isa: Isa, heads: Heads, qkv: Place<f32>, tokens: Tokens, cache: Cache, layer: usize, scores: Place<f32>, to: Place<N>, tasks: &[(u32, u32)], phase: Phase) {
         match heads.size {
             32 => attend_sized::<N, 32>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
             64 => attend_sized::<N, 64>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
@@ -267,7 +325,7 @@ per_isa! {
 #[allow(clippy::too_many_arguments)]
 #[inline(always)]
 fn attend_sized<N: Number, const D: usize>(
-    _: Isa,
+    isa: Isa,
     heads: Heads,
     qkv: Place<f32>,
     tokens: Tokens,
@@ -275,68 +333,164 @@ fn attend_sized<N: Number, const D: usize>(
     layer: usize,
     scores: Place<f32>,
     to: Place<N>,
-    tasks: (usize, usize),
+    tasks: &[(u32, u32)],
     phase: Phase,
 ) {
     let size = if D == 0 { heads.size } else { D };
     let (lines, half) = (heads.count / heads.kv_count, size / 2);
     let mut turned = [0f32; MAX_HEAD];
-    let mut sums = [0f32; MAX_HEAD];
-    for task in tasks.0..tasks.1 {
-        let (token, kv_head) = (task / heads.kv_count, task % heads.kv_count);
+    let mut sums = [[0f32; MAX_HEAD]; 2];
+    for &(token, kv_head) in tasks {
+        let (token, kv_head) = (token as usize, kv_head as usize);
         let (row, position) = (tokens.rows[token] as usize, tokens.positions[token] as usize);
         let (cos, sin) = (&heads.cos[position * half..][..half], &heads.sin[position * half..][..half]);
-        let start = row * cache.strides[0] + kv_head * cache.strides[1];
+        let prompt = match tokens.prompts.get(token) {
+            Some(&number) if number >= 0 => Some(&cache.prompts[number as usize]),
+            _ => None,
+        };
+        let shared = prompt.map_or(0, |prompt| prompt.length);
+        let (start, stride) = (row * cache.strides[0] + kv_head * cache.strides[1], cache.strides[2]);
         // SAFETY: the caller vouches for the sizes; each (token, key head) has places of its own.
         unsafe {
             let mine = qkv.at(token * (heads.count + 2 * heads.kv_count) * size);
             let (keys, values) = (cache.keys[layer].at(start), cache.values[layer].at(start));
             if phase != Phase::Read {
                 let key = std::slice::from_raw_parts(mine.add((heads.count + kv_head) * size), size);
-                let place = position * cache.strides[2];
+                let place = (position - shared) * stride;
                 turn_and_norm(key, cos, sin, 1.0, std::slice::from_raw_parts_mut(keys.add(place), size));
                 std::ptr::copy_nonoverlapping(mine.add((heads.count + heads.kv_count + kv_head) * size), values.add(place), size);
             }
             if phase == Phase::Write {
                 continue;
             }
-            let reach = position + 1;
+            let (prompt_keys, prompt_values) = match prompt {
+                Some(prompt) => {
+                    (prompt.keys[layer].at(kv_head * prompt.head_stride), prompt.values[layer].at(kv_head * prompt.head_stride))
+                }
+                None => (keys, values),
+            };
             for line in 0..lines {
                 let head = kv_head * lines + line;
                 let query = std::slice::from_raw_parts(mine.add(head * size), size);
                 turn_and_norm(query, cos, sin, 1.0 / (size as f32).sqrt(), &mut turned[..size]);
-                let scores = std::slice::from_raw_parts_mut(scores.0, reach);
-                let mut peaks = [f32::NEG_INFINITY; LANES];
-                for (i, score) in scores.iter_mut().enumerate() {
-                    *score = dot(&turned[..size], std::slice::from_raw_parts(keys.add(i * cache.strides[2]), size));
-                    peaks[i % LANES] = peaks[i % LANES].max(*score);
-                }
-                let peak = peaks.into_iter().fold(f32::NEG_INFINITY, f32::max);
+                let scores = std::slice::from_raw_parts_mut(scores.0, position + 1);
+                let (of_prompt, of_row) = scores.split_at_mut(shared);
+                let peak = score::<D>(isa, &turned[..size], prompt_keys, size, of_prompt).max(score::<D>(
+                    isa,
+                    &turned[..size],
+                    keys,
+                    stride,
+                    of_row,
+                ));
                 for score in scores.iter_mut() {
                     *score = exp(*score - peak);
                 }
-                let total = dot_ones(scores);
-                let sums = &mut sums[..size];
-                sums.fill(0.0);
-                for (i, &weight) in scores.iter().enumerate() {
-                    let value = std::slice::from_raw_parts(values.add(i * cache.strides[2]), size);
-                    for d in 0..size {
-                        sums[d] = value[d].mul_add(weight, sums[d]);
-                    }
-                }
-                let place = to.at((token * heads.count + head) * size);
+                let factor = 1.0 / sum(scores);
+                sums[0][..size].fill(0.0);
+                sums[1][..size].fill(0.0);
+                let (of_prompt, of_row) = scores.split_at(shared);
+                mix::<D>(of_prompt, prompt_values, size, 0, &mut sums, size);
+                mix::<D>(of_row, values, stride, shared % 2, &mut sums, size);
                 for d in 0..size {
-                    *place.add(d) = N::from_f32(sums[d] / total);
+                    *to.at((token * heads.count + head) * size + d) = N::from_f32((sums[0][d] + sums[1][d]) * factor);
                 }
             }
         }
     }
 }
 
-pub const MAX_HEAD: usize = 512; // numbers of a head
+/// scores[i] = query . key i -> the largest.
+#[inline(always)]
+unsafe fn score<const D: usize>(isa: Isa, query: &[f32], keys: *const f32, stride: usize, scores: &mut [f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if D != 0 && isa >= Isa::Avx2 {
+        return score_fours::<D>(query.as_ptr(), keys, stride, scores);
+    }
+    let _ = isa;
+    let mut peak = f32::NEG_INFINITY;
+    for (i, score) in scores.iter_mut().enumerate() {
+        *score = dot(query, std::slice::from_raw_parts(keys.add(i * stride), query.len()));
+        peak = peak.max(*score);
+    }
+    peak
+}
+
+/// The same for four keys at once: their 32 lanes become four sums together, where the compiler would make each alone.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn score_fours<const D: usize>(query: *const f32, keys: *const f32, stride: usize, scores: &mut [f32]) -> f32 {
+    use std::arch::x86_64::*;
+    let Some(last) = scores.len().checked_sub(1) else { return f32::NEG_INFINITY };
+    let mut peaks = _mm_set1_ps(f32::NEG_INFINITY);
+    for (four, scores) in scores.chunks_mut(4).enumerate() {
+        let mut lanes = [_mm256_setzero_ps(); 4];
+        let places: [*const f32; 4] = std::array::from_fn(|i| keys.wrapping_add(last.min(4 * four + i) * stride)); // the last again where there are fewer
+        for d in (0..D).step_by(8) {
+            let part = _mm256_loadu_ps(query.add(d));
+            for i in 0..4 {
+                lanes[i] = _mm256_fmadd_ps(part, _mm256_loadu_ps(places[i].add(d)), lanes[i]);
+            }
+        }
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(lanes[0], lanes[1]), _mm256_hadd_ps(lanes[2], lanes[3]));
+        let sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+        peaks = _mm_max_ps(peaks, sums);
+        if scores.len() == 4 {
+            _mm_storeu_ps(scores.as_mut_ptr(), sums);
+        } else {
+            let mut four = [0f32; 4];
+            _mm_storeu_ps(four.as_mut_ptr(), sums);
+            scores.copy_from_slice(&four[..scores.len()]);
+        }
+    }
+    let mut four = [0f32; 4];
+    _mm_storeu_ps(four.as_mut_ptr(), peaks);
+    four.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Adds weights[i] * value i to sums[(first + i) % 2]: even and odd positions apart, so that one addition does not wait for the other, and in
+/// the same order wherever a row is cut into its prompt and its own.
+#[inline(always)]
+unsafe fn mix<const D: usize>(
+    weights: &[f32],
+    values: *const f32,
+    stride: usize,
+    first: usize,
+    sums: &mut [[f32; MAX_HEAD]; 2],
+    size: usize,
+) {
+    if D == 0 {
+        for (i, &weight) in weights.iter().enumerate() {
+            let value = std::slice::from_raw_parts(values.add(i * stride), size);
+            for (sum, &value) in sums[(first + i) % 2].iter_mut().zip(value) {
+                *sum = value.mul_add(weight, *sum);
+            }
+        }
+        return;
+    }
+    let mut kept: [[f32; D]; 2] = std::array::from_fn(|half| *sums[(first + half) % 2].as_ptr().cast()); // local arrays of known size stay in registers
+    let pairs = weights.chunks_exact(2);
+    let last = pairs.remainder();
+    for (i, pair) in pairs.enumerate() {
+        for half in 0..2 {
+            let value = &*values.add((2 * i + half) * stride).cast::<[f32; D]>();
+            for d in 0..D {
+                kept[half][d] = value[d].mul_add(pair[half], kept[half][d]);
+            }
+        }
+    }
+    if let [weight] = last {
+        let value = &*values.add((weights.len() - 1) * stride).cast::<[f32; D]>();
+        for d in 0..D {
+            kept[0][d] = value[d].mul_add(*weight, kept[0][d]);
+        }
+    }
+    for (half, kept) in kept.iter().enumerate() {
+        sums[(first + half) % 2][..D].copy_from_slice(kept);
+    }
+}
 
 #[inline(always)]
-fn dot_ones(values: &[f32]) -> f32 {
+fn sum(values: &[f32]) -> f32 {
     let mut lanes = [0f32; LANES];
     let chunks = values.chunks_exact(LANES);
     let rest = chunks.remainder();
@@ -350,6 +504,8 @@ fn dot_ones(values: &[f32]) -> f32 {
     }
     sum_of(lanes)
 }
+
+pub const MAX_HEAD: usize = 512; // numbers of a head
 
 #[cfg(test)]
 mod tests {

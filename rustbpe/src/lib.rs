@@ -24,7 +24,7 @@ mod python {
     use crate::bpe;
     use crate::count::{Batch, Counting};
     use crate::encode::Encoder;
-    use crate::forward::{Cache, Tokens, Transformer, MAX_HEAD};
+    use crate::forward::{Cache, Prompt, Tokens, Transformer, MAX_HEAD};
     use crate::isa::{is_fast, isa};
     use crate::product::{Bf16, Number, Place};
     use crate::split::{family_pattern, Splitter, DEFAULT_DIGITS};
@@ -305,7 +305,8 @@ mod python {
         }
 
         /// Embeddings x (tokens, width) float32 become what is after the last norm. Token i continues row rows[i] (int64) of the cache at positions[i].
-        /// keys, values: addresses by layer; strides of (row, head, position) in numbers; a row has room for `capacity` positions, and there are `num_rows`.
+        /// keys, values: addresses by layer; strides of (row, head, position) in numbers; room: for (rows, positions of each). prompts: what rows share as
+        /// their first positions, (keys, values, stride of heads, length); prompt_of: which of them a token's row begins with, -1 = none.
         #[allow(clippy::too_many_arguments)]
         fn hidden(
             &mut self,
@@ -317,22 +318,47 @@ mod python {
             values: Vec<usize>,
             strides: [usize; 3],
             room: (usize, usize),
+            prompts: Vec<(Vec<usize>, Vec<usize>, usize, usize)>,
+            prompt_of: Vec<i64>,
             threads: usize,
         ) -> PyResult<()> {
             let (num_rows, capacity) = room;
             let (layers, angles) = of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim));
-            let outside = rows.iter().any(|row| !(0..num_rows as i64).contains(row))
-                || positions.iter().any(|position| !(0..capacity.min(angles) as i64).contains(position));
-            if outside || rows.len() != positions.len() || keys.len() != layers || values.len() != layers {
+            let places = |addresses: &[usize]| -> Vec<Place<f32>> { addresses.iter().map(|&address| Place(address as *mut f32)).collect() };
+            let of_layers = |addresses: &Vec<usize>| addresses.len() == layers;
+            let fits = |(i, (&row, &position)): (usize, (&i64, &i64))| {
+                let shared = match prompt_of.get(i) {
+                    Some(&number) if number >= 0 => prompts.get(number as usize).map_or(usize::MAX, |prompt| prompt.3),
+                    _ => 0,
+                };
+                (0..num_rows as i64).contains(&row)
+                    && (0..angles as i64).contains(&position)
+                    && shared <= position as usize
+                    && position as usize - shared < capacity
+            };
+            let whole = rows.len() == positions.len()
+                && (prompt_of.is_empty() || prompt_of.len() == rows.len())
+                && of_layers(&keys)
+                && of_layers(&values)
+                && prompts.iter().all(|prompt| of_layers(&prompt.0) && of_layers(&prompt.1));
+            if !whole || !rows.iter().zip(&positions).enumerate().all(fits) {
                 return Err(value_error(format!(
-                    "{} tokens in {} rows, {} and {} layers of cache, do not fit {layers} layers of {num_rows} rows of {capacity} positions, of which {angles} have angles",
-                    positions.len(), rows.len(), keys.len(), values.len()
+                    "{} tokens at positions up to {} do not fit {layers} layers of {num_rows} rows of {capacity} positions behind {} prompts, of which {angles} have angles",
+                    rows.len(), positions.iter().max().unwrap_or(&0), prompts.len()
                 )));
             }
-            let places =
-                |addresses: Vec<usize>| -> Vec<Place<f32>> { addresses.into_iter().map(|address| Place(address as *mut f32)).collect() };
-            let (keys, values) = (places(keys), places(values));
-            let (tokens, cache) = (Tokens { rows: &rows, positions: &positions }, Cache { keys: &keys, values: &values, strides });
+            let prompts: Vec<Prompt> = prompts
+                .iter()
+                .map(|(keys, values, head_stride, length)| Prompt {
+                    keys: places(keys),
+                    values: places(values),
+                    head_stride: *head_stride,
+                    length: *length,
+                })
+                .collect();
+            let (keys, values) = (places(&keys), places(&values));
+            let tokens = Tokens { rows: &rows, positions: &positions, prompts: &prompt_of };
+            let cache = Cache { keys: &keys, values: &values, strides, prompts: &prompts };
             // SAFETY: rows and positions lie inside the caches, and x has a row for each token.
             py.detach(|| of_either!(&mut self.0, model => unsafe { model.hidden(Place(x as *mut f32), tokens, cache, threads) }));
             Ok(())
