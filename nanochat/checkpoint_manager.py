@@ -3,7 +3,7 @@
     <base_dir>/chatsft_checkpoints/d8/
         model_000400.pt          weights by name (torch.save, loaded with weights_only)
         optim_000400_rank0.pt    that rank's optimizer shard, random-number generators and position in the data
-        meta_000400.json         sizes, config, loop state, tokenizer, SHA-256 of the files above
+        meta_000400.json         sizes, config, loop state, tokenizer, the parent it was trained from, SHA-256 of the files above
 
 The meta file is written last and names the others' checksums, so a checkpoint is whole exactly when its meta file is there and
 agrees. Each file appears under its name only when complete. A torn checkpoint is skipped in favour of the newest whole one.
@@ -36,9 +36,9 @@ def stage_dir(stage, model_tag):
     return base_dir() / FOLDERS[stage] / model_tag
 
 
-def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, tokenizer, keep_last=1, finished=False):
+def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, tokenizer, keep_last=1, finished=False, parent=None):
     """Every rank writes its optimizer shard, rank 0 weights and, once all shards are there, the meta file; then older checkpoints
-    beyond `keep_last` (-1 = keep all) go. `finished` marks the end of the stage."""
+    beyond `keep_last` (-1 = keep all) go. `finished` marks the end of the stage; `parent` is the meta of the checkpoint it began with."""
     folder = stage_dir(stage, model_tag)
     shard = {"optimizer": optimizer.state_dict(), "rng": rng_state(), "loader": state.loader}  # what differs between ranks
     shard_name = f"optim_{state.step:06d}_rank{compute.rank}.pt"
@@ -51,10 +51,15 @@ def save_checkpoint(stage, model_tag, state, config, compute, model, optimizer, 
     if compute.is_master:
         meta = {"stage": stage, "model_tag": model_tag, "step": state.step, "finished": finished,
                 "model_config": dataclasses.asdict(model.config), "config": config_dict(config), "state": {**state.to_dict(), "loader": {}},
-                "tokenizer": tokenizer.fingerprint, "world_size": compute.world_size, "files": files}
+                "tokenizer": tokenizer.fingerprint, "parent": parent and lineage(parent), "world_size": compute.world_size, "files": files}
         write_atomic(folder / f"meta_{state.step:06d}.json", json.dumps(meta, indent=1))
         prune(folder, keep_last)
     compute.barrier()
+
+
+def lineage(meta):
+    """A checkpoint's meta -> what its children record of it."""
+    return {"stage": meta["stage"], "model_tag": meta["model_tag"], "step": meta["step"], "model_sha256": meta["files"][f"model_{meta['step']:06d}.pt"]}
 
 
 def write_tensors(path, content):
@@ -177,34 +182,39 @@ def check_tokenizer(tokenizer, meta, folder):
                          f"{tokenizer.fingerprint[:12]}: its ids would mean other words; restore that tokenizer or retrain")
 
 
-def start_or_resume(stage, model_tag, config, compute, model, optimizer):
+def start_or_resume(stage, model_tag, config, compute, model, optimizer, tokenizer, parent=None):
     """-> LoopState: a new one, or with config.resume that of the newest checkpoint whole on all ranks, with model, optimizer and
     random-number generators filled from it. The number of ranks may have changed: optimizer and loader are divided anew.
 
-    Without config.resume the folder must be empty, or config.overwrite set, which empties it. A process that torchrun has
-    restarted after a failure resumes in any case. ValueError where the folder is not empty, and where a resumed run's config
-    differs from the saved one in a field that decides what is learned.
+    Only the run that a checkpoint belongs to goes on from it: the same config in all that decides what is learned, the same
+    tokenizer, the same `parent` weights (the meta of the checkpoint this run starts from). What another run left in the folder is a
+    ValueError, or with config.overwrite deleted, and the run starts over. Without config.resume whatever is in the folder counts as
+    another run's; a process that torchrun has restarted after a failure resumes in any case. All ranks decide alike.
     """
-    folder = stage_dir(stage, model_tag)
+    folder, tag_flag = stage_dir(stage, model_tag), "--model-tag" if parent is None else "--output-tag"
     if not config.resume and not compute.restarts:
         steps = saved_steps(folder)
         if steps and not config.overwrite:
             raise ValueError(f"{folder} already holds {stage} checkpoints up to step {steps[-1]}: --resume goes on from there, "
-                             "--overwrite deletes them, another --model-tag leaves them alone")
-        compute.barrier()  # every rank has looked before rank 0 deletes
-        if compute.is_master:
-            clear(folder)
-        compute.barrier()
-        return LoopState()
+                             f"--overwrite deletes them, another {tag_flag} leaves them alone")
+        return start_over(folder, compute)
     mine = newest_whole(folder, compute)
     steps = compute.gather_objects(mine["step"] if mine else -1)
-    if max(steps) < 0:
-        return LoopState()
-    if min(steps) < 0:
+    if min(steps) < 0 <= max(steps):
         raise ValueError(f"rank 0 finds {stage} checkpoint {steps[0]} in {folder}, rank {steps.index(min(steps))} {min(steps)} (-1 = none whole): all nodes must "
-                         "share one NANOCHAT_BASE_DIR; where they do, the checkpoint is damaged and --overwrite begins anew")
-    meta = read_meta(folder, min(steps), compute)
-    check_same_run(meta["config"], config_dict(config), folder)
+                         "share one NANOCHAT_BASE_DIR; where they do, the checkpoint is damaged and --overwrite without --resume begins anew")
+    if mine:
+        meta = mine if mine["step"] == min(steps) else read_meta(folder, min(steps), compute)
+        obstacle = other_run(meta, config, tokenizer, parent)
+    else:
+        obstacle = "it holds checkpoints, but for the reasons above none to go on from" if saved_steps(folder) else None
+    obstacle = next(filter(None, compute.gather_objects(obstacle)), None)  # nobody reads the folder any more when one rank clears it
+    if obstacle and not config.overwrite:
+        raise ValueError(f"{folder} cannot be resumed: {obstacle}; restore what was to go on, --overwrite starts over, another {tag_flag} leaves it alone")
+    if obstacle:
+        print0(f"starting {stage} {model_tag} over: {obstacle}")
+    if obstacle or not mine:
+        return start_over(folder, compute)
     load_tensors(model, read_tensors(folder / f"model_{meta['step']:06d}.pt"))
     shards = [read_tensors(folder / name) for name in shard_names(meta, compute)]
     optimizer.load_state_dict(*(shard["optimizer"] for shard in shards))
@@ -222,6 +232,15 @@ def refuse_own_parent(stage, source, config):
                          f"for example --output-tag={config.model_tag}-2")
 
 
+def start_over(folder, compute):
+    """An empty folder and a new LoopState. All ranks call, rank 0 deletes."""
+    compute.barrier()  # every rank has looked before
+    if compute.is_master:
+        clear(folder)
+    compute.barrier()
+    return LoopState()
+
+
 def clear(folder):
     """Delete a folder's checkpoints, the meta files first, so that nothing torn is ever seen as whole."""
     for pattern in ("meta_*.json", "model_*.pt", "optim_*.pt"):
@@ -233,9 +252,20 @@ def clear(folder):
 FREE_FIELDS = {"run", "resume", "overwrite", "save_every", "eval_every", "sample_every", "log_every", "keep_last", "device_type", "compile", "preflight", "shard"}
 
 
-def check_same_run(saved, given, folder):
-    changed = [name for name in given if name not in FREE_FIELDS and saved.get(name) != json.loads(json.dumps(given[name]))]
+def other_run(meta, config, tokenizer, parent):
+    """In which way a checkpoint belongs to another run than that of this config, tokenizer and parent meta; None where it is the same run.
+    What it does not record, because it is older than the knob or the field, is taken for the knob's default, or not compared."""
+    given, saved = json.loads(json.dumps(config_dict(config))), meta["config"]
+    if saved.keys() <= given.keys():  # else it is another script's
+        saved = {field.name: field.default for field in dataclasses.fields(config)} | saved
+    changed = [name for name in given if name not in FREE_FIELDS and saved.get(name) != given[name]]
     if changed:
-        raise ValueError(f"{folder} was trained with {', '.join(f'{name}={saved.get(name)}' for name in changed)}, now asked for "
-                         f"{', '.join(f'{name}={given[name]}' for name in changed)}: repeat the old values to resume, or choose another --model-tag")
-
+        return (f"step {meta['step']} was trained with {', '.join(f'{name}={saved.get(name)}' for name in changed)}, now asked for "
+                f"{', '.join(f'{name}={given[name]}' for name in changed)}")
+    if meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        return f"step {meta['step']} was trained with tokenizer {meta['tokenizer'][:12]}, but {base_dir() / 'tokenizer'} holds {tokenizer.fingerprint[:12]}"
+    was, now = meta.get("parent"), parent and lineage(parent)
+    if was and now and was["model_sha256"] != now["model_sha256"]:
+        before, after = (f"{one['stage']} {one['model_tag']} of step {one['step']} with SHA-256 {one['model_sha256'][:12]}" for one in (was, now))
+        return f"step {meta['step']} was trained from {before}, but now there is {after}"
+    return None

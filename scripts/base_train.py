@@ -64,8 +64,8 @@ class Config:
     sample_every: int = 2000            # steps between samples of text (-1 = off)
     save_every: int = -1                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
-    resume: bool = False                # go on from the newest whole checkpoint, if there is one
-    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
+    resume: bool = False                # go on from the newest whole checkpoint, if there is one: of this very run, or it is refused
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag; with resume only where they are of another run
 
 
 def main(config):
@@ -80,7 +80,7 @@ def main(config):
     model.init_weights(config.seed)
     model = place(model, compute, config.shard)
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
-    state = start_or_resume("base", model_tag, config, compute, model, optimizer)
+    state = start_or_resume("base", model_tag, config, compute, model, optimizer, tokenizer)
     if config.compile:
         model.compile_for_training()
 

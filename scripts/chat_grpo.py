@@ -112,8 +112,8 @@ class Config:
     rollouts_every: int = 20            # steps between rollouts written to the run's log (-1 = off)
     save_every: int = 60                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
-    resume: bool = False                # go on from the newest whole checkpoint, if there is one
-    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
+    resume: bool = False                # go on from the newest whole checkpoint, if there is one: of this very run, or it is refused
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag; with resume only where they are of another run
 
 
 def main(config):
@@ -126,7 +126,7 @@ def main(config):
     config = inherit(config, {"model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]}, "model_tag", "output_tag", "step")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     refuse_own_parent("rl", config.source, config)
-    state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer)
+    state = start_or_resume("rl", config.output_tag, config, compute, model, optimizer, tokenizer, parent)
     policy = whole_model(model, compute)
     engine = Engine(policy, tokenizer, max_rows=config.rows_in_flight)
     reference, is_parent = None, False
@@ -156,7 +156,7 @@ def main(config):
     accuracy = {}
 
     def save(finished=False):
-        save_checkpoint("rl", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+        save_checkpoint("rl", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished, parent)
 
     for step in steps(state, config.num_steps, compute, save):  # the extra pass only evaluates and saves
         clock = Clock(compute)

@@ -79,8 +79,8 @@ class Config:
     max_new_tokens: int = 256           # longest answer in that evaluation
     save_every: int = -1                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
-    resume: bool = False                # go on from the newest whole checkpoint, if there is one
-    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
+    resume: bool = False                # go on from the newest whole checkpoint, if there is one: of this very run, or it is refused
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag; with resume only where they are of another run
 
 
 def main(config):
@@ -93,7 +93,7 @@ def main(config):
                      "model_tag", "output_tag", "step", "max_seq_len")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
     refuse_own_parent("sft", config.source, config)
-    state = start_or_resume("sft", config.output_tag, config, compute, model, optimizer)
+    state = start_or_resume("sft", config.output_tag, config, compute, model, optimizer, tokenizer, parent)
 
     # Data: the recipe's rows, conversation at its share of the whole, and what val/bpb is measured on
     extra = {"AQUA": {"data_dir": config.data_dir}} if config.data_dir else {}
@@ -125,7 +125,7 @@ def main(config):
     metrics = {}
 
     def save(finished=False):
-        save_checkpoint("sft", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+        save_checkpoint("sft", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished, parent)
 
     for step in steps(state, num_steps, compute, save):  # the extra pass only evaluates and saves
         if every(config.eval_every, step, num_steps):

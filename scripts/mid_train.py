@@ -56,8 +56,8 @@ class Config:
     eval_tokens: int = 20 * 524288      # tokens per evaluation, at most one pass over the split
     save_every: int = -1                # steps between checkpoints (-1 = only the last)
     keep_last: int = 1                  # checkpoints kept (-1 = all)
-    resume: bool = False                # go on from the newest whole checkpoint, if there is one
-    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag
+    resume: bool = False                # go on from the newest whole checkpoint, if there is one: of this very run, or it is refused
+    overwrite: bool = False             # delete the checkpoints of an earlier run under this model tag; with resume only where they are of another run
 
 
 def main(config):
@@ -69,7 +69,7 @@ def main(config):
     config = inherit(config, {**parent["config"], "model_tag": parent["model_tag"], "output_tag": parent["model_tag"], "step": parent["step"]},
                      "model_tag", "output_tag", "step", "max_seq_len", "device_batch_size", "total_batch_size", "mask_documents")
     optimizer = MuonAdamW(model, compute, config.embedding_lr, config.unembedding_lr, config.matrix_lr, config.weight_decay)
-    state = start_or_resume("mid", config.output_tag, config, compute, model, optimizer)
+    state = start_or_resume("mid", config.output_tag, config, compute, model, optimizer, tokenizer, parent)
     if config.compile:
         model.compile_for_training()
 
@@ -96,7 +96,7 @@ def main(config):
         return model(inputs, targets, loss_reduction=loss_reduction, documents=documents)
 
     def save(finished=False):
-        save_checkpoint("mid", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished)
+        save_checkpoint("mid", config.output_tag, state, config, compute, model, optimizer, tokenizer, config.keep_last, finished, parent)
 
     for step in steps(state, num_steps, compute, save):  # the extra pass only evaluates and saves
         if every(config.eval_every, step, num_steps):

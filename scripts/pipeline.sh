@@ -61,10 +61,10 @@ stage() {
         stop_after "$name"
         return
     fi
-    # a training stage that was interrupted goes on; one whose command changed starts over
+    # A training stage whose command changed starts over. One that was interrupted goes on, or, where it had not yet cleared an earlier run away, starts over
     local how=()
     if [ "$name" != "${name#train-}" ]; then
-        if [ "$(cat "$stamp.started" 2>/dev/null)" = "$CHAIN" ]; then how=(--resume); else how=(--overwrite); fi
+        if [ "$(cat "$stamp.started" 2>/dev/null)" = "$CHAIN" ]; then how=(--resume --overwrite); else how=(--overwrite); fi
     fi
     printf '%s\n' "$CHAIN" > "$stamp.started"
     rm -f "$stamp.done"

@@ -45,4 +45,5 @@ def run_stage(stage, **changes):
 
 if __name__ == "__main__":
     changes = dict(argument.split("=") for argument in sys.argv[2:] if "=" in argument)
-    run_stage(sys.argv[1], resume="--resume" in sys.argv, **{name: ast.literal_eval(value) for name, value in changes.items()})
+    flags = {name: f"--{name}" in sys.argv for name in ("resume", "overwrite")}
+    run_stage(sys.argv[1], **flags | {name: ast.literal_eval(value) for name, value in changes.items()})
