@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import write_tensors
 from nanochat.run_logger import RunLogger
 from nanochat.training import GO_ON_LATER
 from tests import pipeline
@@ -198,6 +199,65 @@ def test_one_grpo_step_on_two_ranks_is_that_step_in_one_process(walked, tmp_path
     finish(start(folder, "grpo", "overwrite=True", "examples_per_step=2", "dynamic_sampling=False", ranks=2))
     rollouts = logged(folder, "rl", "train/rollouts", "g2")
     assert set(logged(folder, "rl", "rl/groups", "g2").values()) == {2} and (6 in rollouts.values() or len(rollouts) < 6)  # one group taught, or none
+
+
+PIPELINE = """
+set -euo pipefail
+source scripts/bootstrap.sh
+source scripts/pipeline.sh
+mkdir -p "$NANOCHAT_BASE_DIR/stages"
+train() { if [ "$1" = "$DIES" ]; then return 137; fi; python -m tests.pipeline "$@"; }  # it dies before it has done anything
+stage train-mid train mid seed=$MID_SEED
+stage train-sft train sft num_iterations=$SFT_STEPS
+"""
+
+
+def test_a_stage_of_the_pipeline_that_died_before_it_cleared_the_old_run_starts_over_when_it_is_run_again(walked, tmp_path, monkeypatch):
+    """Where the stage before it was trained anew, which its own flags do not show; and where its own command changed."""
+    folder, alone = tmp_path / "base", tmp_path / "alone"
+
+    def run(**variables):
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(folder), "OMP_NUM_THREADS": "1",
+                       "HF_HUB_OFFLINE": "1", "DIES": "", "MID_SEED": "7", "SFT_STEPS": "6", **variables}
+        done = subprocess.run(["bash", "-c", PIPELINE], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              timeout=900)
+        assert (done.returncode == 0) == (not environment["DIES"]), done.stdout
+        return done.stdout
+
+    for place in (folder, alone):
+        shutil.copytree(walked, place)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(alone))
+    pipeline.run_stage("mid", seed=7, overwrite=True)
+    with pytest.raises(ValueError, match="step 6 was trained from mid d2 of step 6 with SHA-256 .* now there is mid d2 of step 6"):
+        pipeline.run_stage("sft", resume=True)
+    pipeline.run_stage("sft", overwrite=True)
+    assert not equal(checkpoint(alone, "sft"), checkpoint(walked, "sft"))
+
+    assert "stage train-sft failed" in run(DIES="sft")
+    assert equal(checkpoint(folder, "mid"), checkpoint(alone, "mid")) and equal(checkpoint(folder, "sft"), checkpoint(walked, "sft"))
+    output = run()
+    assert "train-mid: done before, skipped" in output and "starting sft d2 over: step 6 was trained from mid d2 of step 6" in output
+    assert equal(checkpoint(folder, "sft"), checkpoint(alone, "sft"))
+
+    assert "stage train-sft failed" in run(DIES="sft", SFT_STEPS="2")
+    assert "starting sft d2 over: step 6 was trained with num_iterations=6, now asked for num_iterations=2" in run(SFT_STEPS="2")
+    place = folder / pipeline.FOLDERS["sft"] / "d2"
+    assert sorted(path.name for path in place.iterdir()) == ["meta_000002.json", "model_000002.pt", "optim_000002_rank0.pt"]
+    assert "skipped" in run(SFT_STEPS="2").split("train-sft")[-1]
+
+
+def test_two_ranks_start_over_together_from_another_parent_of_the_same_step(walked, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(walked, folder)
+    place, parent = (folder / pipeline.FOLDERS[stage] / "d2" for stage in ("sft", "mid"))
+    metas = [json.loads((one / "meta_000006.json").read_text()) for one in (place, parent)]
+    assert metas[0]["parent"] == {"stage": "mid", "model_tag": "d2", "step": 6, "model_sha256": metas[1]["files"]["model_000006.pt"]}
+    digest = write_tensors(parent / "model_000006.pt", {name: 1.01 * weight for name, weight in checkpoint(walked, "mid").items()})
+    (parent / "meta_000006.json").write_text(json.dumps({**metas[1], "files": {"model_000006.pt": digest}}))
+    output = finish(start(folder, "sft", "--resume", "--overwrite", ranks=2))
+    assert "starting sft d2 over: step 6 was trained from mid d2 of step 6" in output and "resuming" not in output
+    assert json.loads((place / "meta_000006.json").read_text())["parent"] == {**metas[0]["parent"], "model_sha256": digest}
+    assert list(logged(folder, "sft", "train/loss")) == list(range(6))
 
 
 @pytest.mark.slow
