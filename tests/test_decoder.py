@@ -1,9 +1,12 @@
-"""The engine's packed forward pass is GPT's, fused or not; a conversation that goes on where a kept row ended is a fresh one."""
+"""The engine's forward pass is GPT's, and knows no company; a conversation that goes on where a kept row ended is a fresh one."""
+import os
+
 import pytest
 import torch
 
 from nanochat.decoder import CpuDecoder, TorchDecoder, capped_
 from nanochat.engine import Engine, Request
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import Prefill
 from nanochat.sampling import Sampler, largest
 from nanochat.vocab_loss import capped
@@ -33,6 +36,119 @@ def assert_same_as_the_model(make, n_kv_head, rows, dtype=torch.float32, atol=1e
 @pytest.mark.parametrize("n_kv_head, rows", [(1, 1), (2, 3), (4, 9), (2, 40)])
 def test_the_engine_s_forward_pass_is_the_model_s(make, n_kv_head, rows):
     assert_same_as_the_model(make, n_kv_head, rows)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("n_embd, n_head, n_kv_head", [(64, 2, 1), (128, 2, 2), (256, 2, 1), (96, 2, 2), (36, 6, 3), (10, 1, 1)])
+def test_heads_of_any_even_size_and_rows_of_several_tokens(n_embd, n_head, n_kv_head):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(200, 71, 2, n_head, n_kv_head, n_embd))
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.05 if name == "lm_head.weight" else 0.3)
+    decoder, ids = CpuDecoder(model.requires_grad_(False)), torch.randint(0, 71, (3, 150))
+    cache, prefill = decoder.new_cache(), Prefill(model.config, "cpu", lengths=[100, 30, 57])
+    first = decoder.hidden(ids[:, :100], prefill)
+    cache.add(prefill, [0, 1, 2], [100, 30, 57])
+    more = decoder.hidden(torch.stack([ids[0, 100:140], ids[1, 30:70], ids[2, 57:97]]), cache)
+    expected = model(ids)
+    for row, length in enumerate((100, 30, 57)):
+        found = capped_(decoder.raw_logits(torch.cat((first[row, :length], more[row]))))
+        torch.testing.assert_close(found, expected[row, :length + 40], atol=2e-5, rtol=0)
+
+
+def assert_same(one, other):
+    """The same tokens; their probabilities but for the last bit, in which PyTorch's functions of a whole batch depend on where a row stands."""
+    for mine, theirs in zip(one, other, strict=True):
+        assert [completion.tokens for completion in mine] == [completion.tokens for completion in theirs]
+        torch.testing.assert_close(*(torch.tensor(sum((completion.logprobs for completion in group), [])) for group in (mine, theirs)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_completion_is_the_same_in_any_company_on_any_number_of_threads(dtype):
+    model = make_model(dtype=dtype, n_kv_head=2)
+    prompts = [[256, *range(seed, seed + 3 + 5 * seed)] for seed in range(8)]
+    requests = [Request(prompt, num_samples=1 + seed % 4, max_new_tokens=8 + seed, temperature=seed % 3 / 2, seed=seed) for seed, prompt in enumerate(prompts)]
+    threads = torch.get_num_threads()
+    try:
+        together = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            together.append(Engine(model, ByteTokenizer()).generate(requests))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(together[0], together[1])
+    assert_same(together[0], together[2])
+    for max_rows in (1, 3):  # samples that wait for a place, too
+        assert_same(Engine(model, ByteTokenizer(), max_rows).generate(requests), together[0])
+    assert_same([Engine(model, ByteTokenizer()).generate([request])[0] for request in requests], together[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_s_logits_are_the_same_to_the_bit_in_any_company(dtype):
+    model = make_model(dtype=dtype)
+    decoder, ids = CpuDecoder(Engine(model, ByteTokenizer()).model), torch.randint(0, VOCAB, (40, 30))
+    lengths = [1 + 7 * row % 19 for row in range(40)]
+    found = {}
+    for rows in ([0], [3], range(5), range(13), range(40), [39, 3, 0]):
+        cache, prefill = decoder.new_cache(), Prefill(model.config, "cpu", lengths=[lengths[row] for row in rows])
+        taken = ids[list(rows)]
+        hidden = [decoder.hidden(taken[:, :max(prefill.lengths)], prefill)]
+        cache.add(prefill, list(range(len(rows))), prefill.lengths)
+        hidden += [decoder.hidden(taken[:, 20 + step:21 + step], cache) for step in range(5)]
+        for place, row in enumerate(rows):
+            logits = decoder.raw_logits(torch.cat([hidden[0][place, :lengths[row]], *(part[place] for part in hidden[1:])]))
+            assert torch.equal(found.setdefault(row, logits), logits), (rows, row)
+
+
+@torch.inference_mode()
+def test_a_shared_prompt_is_read_as_one_s_own_to_the_bit_and_takes_the_room_of_one():
+    model = make_model()
+    decoder, ids = CpuDecoder(model), torch.randint(0, VOCAB, (1, 41))
+    sharing, own = decoder.new_cache(), decoder.new_cache()
+    for length in (7, 8):  # odd and even: sums run over pairs of positions
+        prefill = Prefill(model.config, "cpu", lengths=[length, 3])
+        decoder.hidden(torch.stack((ids[0, :length], ids[0, :length])), prefill)
+        first = sharing.n_rows
+        sharing.add(prefill, [0, 0, 0], [length] * 3)
+        for _ in range(3):
+            own.add(prefill, [0, 1], [length, 3])   # another source between them: nobody shares
+            own.remove(own.n_rows - 1)
+        assert sharing.starts[first] == length and not own.starts.any()
+    assert sharing.memory_bytes <= own.memory_bytes
+    for step in range(20):
+        fed = ids[0, torch.tensor([[7 + step]] * 3 + [[8 + step]] * 3)]
+        assert torch.equal(decoder.hidden(fed, sharing), decoder.hidden(fed, own)), step
+        if step == 5:
+            for cache in (sharing, own):
+                cache.remove(0)
+                cache.add(cache.row(1), [0], [int(cache.lengths[1])])  # as a kept row comes back
+                cache.remove(1)
+                cache.add(cache.row(0), [0], [int(cache.lengths[0])])
+            ids = ids.flip(1)
+
+
+def test_a_pass_beyond_the_memory_is_refused():
+    model = make_model(sequence_len=16)
+    decoder = CpuDecoder(model)
+    cache, prefill = decoder.new_cache(), Prefill(model.config, "cpu", lengths=[3])
+    decoder.hidden(torch.zeros(1, 3, dtype=torch.int64), prefill)
+    cache.add(prefill, [0], [3])
+    cache.lengths[0] = 40
+    with pytest.raises(ValueError, match="positions up to 40 do not fit"):
+        decoder.hidden(torch.zeros(1, 1, dtype=torch.int64), cache)
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    engine = Engine(make_model(), ByteTokenizer())
+    request = Request([256, *range(40)], num_samples=30, max_new_tokens=5)
+    expected = engine.generate([request])
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, b"same" if engine.generate([request]) == expected else b"else")
+        os._exit(0)
+    assert os.read(read, 4) == b"same"
+    os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("make", [CpuDecoder, TorchDecoder])
