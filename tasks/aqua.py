@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from nanochat.common import base_dir, env
-from tasks.common import Task, balanced, load_hub_dataset, load_jsonl, message_text, register, render_choices
+from tasks.common import Task, balanced, load_hub_dataset, load_jsonl, message_text, no_collection, register, render_choices
 
 INSTRUCTION = 'Reason, then end with the line "Answer: <letter>".'
 MAX_LETTERS = "ABCDEFGH"                                # options per question: 2 to 8
@@ -244,6 +244,7 @@ class AQUA(LetterTask):
     Rows that cannot be used are counted by reason in `skipped`, odd ones that are used in `flagged`. The files are looked for in
     data_dir, $NANOCHAT_AQUA_DIR, $AQUA_DATA_DIR, base_dir()/aqua, and last on the Hub; the first folder there is must hold the split."""
 
+    @no_collection()
     def __init__(self, split="train", data_dir=None, shuffle=False, permute_options=False, seed=42, **kwargs):
         super().__init__(**kwargs)
         if split not in FILES:

@@ -8,6 +8,7 @@
 """
 import re
 from collections import Counter, defaultdict
+from itertools import compress, count
 
 from tasks.common import message_text
 
@@ -21,24 +22,28 @@ NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def words(text):
-    return [word.strip() for word in WORD.findall(text.lower())]
+    found = WORD.findall(text.lower())
+    return [word.strip() for word in found] if "-" in text else found  # only a minus brings its blanks along
 
 
 def normalised(text):
     return " ".join(words(text))
 
 
-def number_blind(text):
-    return NUMBER.sub("#", normalised(text))
-
-
-def grams(text):
-    """The set of a question's 5-word grams, as hashes; a shorter question is one gram."""
-    return gram_set(words(text), GRAM)
+def forms(question, tokens):
+    """(measure, key) of a question with these words: equal questions have equal keys."""
+    plain = " ".join(tokens)
+    return [("exact", hash(question.strip())), ("normalised", hash(plain)), ("number_blind", hash(NUMBER.sub("#", plain)))]
 
 
 def gram_set(tokens, size):
-    return {hash(tuple(tokens[i:i + size])) for i in range(max(1, len(tokens) - size + 1))}
+    """The set of a text's grams of so many words, as hashes; a shorter text is one gram."""
+    return set(windows(tokens, size)) if len(tokens) > size else {hash(tuple(tokens))}
+
+
+def windows(tokens, size):
+    """The hash of each run of so many words, in order. No line of Python runs for each: a mixture has millions."""
+    return map(hash, zip(*(tokens[i:] for i in range(size))))
 
 
 class Entry:
@@ -55,19 +60,20 @@ class HeldOut:
     def __init__(self, splits):
         self.targets = [(split, question) for split, questions in splits.items() for question in questions]
         self.sizes = {split: len(questions) for split, questions in splits.items()}
-        self.forms = {"exact": str.strip, "normalised": normalised, "number_blind": number_blind}
-        self.entries = {name: defaultdict(Entry) for name in (*self.forms, "ngram")}
-        self.grams, self.long_sizes = [], set()
+        self.entries = {name: defaultdict(Entry) for name in ("exact", "normalised", "number_blind", "ngram")}
+        self.grams, self.long_sizes, self.beginnings = [], set(), set()
         for target, (split, question) in enumerate(self.targets):
             tokens = words(question)
             self.grams.append(gram_set(tokens, GRAM) if tokens else set())
             if not tokens:                              # an empty text is no question
                 continue
-            keys = [(name, hash(form(question))) for name, form in self.forms.items()]
+            keys = forms(question, tokens)
             if len(tokens) >= SHORTEST:
                 size = min(LONG_GRAM, len(tokens))
                 self.long_sizes.add(size)
                 keys += [("ngram", gram) for gram in gram_set(tokens, size)]
+                # A long gram can only begin where its first words stand: looking for those is one pass over a text for all sizes
+                self.beginnings.update(windows(tokens[:len(tokens) - size + SHORTEST], SHORTEST))
             for name, key in keys:
                 self.entries[name][key].targets.append(target)
                 self.entries[name][key].splits.add(split)
@@ -96,21 +102,25 @@ class HeldOut:
                         self.hit(name, target, asked)
 
         for question in questions:
-            for name, form in self.forms.items():
-                take(name, hash(form(question)), question)
-            splits["jaccard"] |= self.similar(question)
+            tokens = words(question)
+            for name, key in forms(question, tokens):
+                take(name, key, question)
+            splits["jaccard"] |= self.similar(question, tokens)
         tokens = words(text or "\n".join(questions))
-        for size in self.long_sizes:
-            for start in range(len(tokens) - size + 1):
-                take("ngram", hash(tuple(tokens[start:start + size])), text)
-        for name in MEASURES:
+        starts = list(compress(count(), map(self.beginnings.__contains__, windows(tokens, SHORTEST))))
+        for size in self.long_sizes if starts else ():
+            for start in starts:
+                if start + size <= len(tokens):
+                    take("ngram", hash(tuple(tokens[start:start + size])), text)
+        found = {name for name in MEASURES if splits[name]}
+        for name in found:
             self.rows[name].update(splits[name])
-        return {name for name in MEASURES if splits[name]}
+        return found
 
-    def similar(self, question):
-        """Compare a training question with the held-out ones that it may be like -> the splits of those that it is like."""
-        own, splits = grams(question), set()
-        for target in {target for gram in own if gram in self.rare for target in self.rare[gram]}:
+    def similar(self, question, tokens):
+        """Compare a training question and its words with the held-out ones that it may be like -> the splits of those that it is like."""
+        own, splits = gram_set(tokens, GRAM), set()
+        for target in {target for gram in filter(self.rare.__contains__, own) for target in self.rare[gram]}:
             split, held_out = self.targets[target]
             shared = len(own & self.grams[target])
             similarity = shared / (len(own) + len(self.grams[target]) - shared)

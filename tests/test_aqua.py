@@ -12,7 +12,7 @@ import tasks.aqua as aqua
 from nanochat.common import env
 from scripts import prepare_aqua
 from tasks.aqua import AQUA, build_conversation, clean_rationale, extract_answer, parse_options, parse_row, permuted, split_choices
-from tasks.contamination import grams
+from tasks.contamination import GRAM, gram_set, words
 from tasks.common import best_constant, get_task, message_text
 
 REAL = Path(env("NANOCHAT_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "aqua"
@@ -468,7 +468,8 @@ def test_similar_questions_are_found_as_by_comparing_every_pair():
     vocabulary = [f"w{chr(97 + i)}" for i in range(6)]
     train, held = ([" ".join(r.choice(vocabulary) for _ in range(r.randint(1, 9))) for _ in range(n)] for n in (300, 40))
     found, _ = prepare_aqua.find_leaks(train, {"test": held})
-    best = [max(len(a & b) / len(a | b) for a in map(grams, train)) for b in map(grams, held)]
+    grams = [[gram_set(words(question), GRAM) for question in questions] for questions in (train, held)]
+    best = [max(len(a & b) / len(a | b) for a in grams[0]) for b in grams[1]]
     assert found["test"]["jaccard"] == sum(value > 0.5 for value in best) > 0
     assert found["test"]["closest"]["similarity"] == round(max(best), 3)
 

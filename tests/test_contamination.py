@@ -9,7 +9,7 @@ import pytest
 
 from scripts import contamination
 from tasks.common import get_task
-from tasks.contamination import MEASURES, HeldOut, gram_set, grams, normalised, number_blind, training_texts, words
+from tasks.contamination import GRAM, MEASURES, HeldOut, forms, gram_set, normalised, training_texts, words
 from tests.test_tasks import write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,14 @@ def test_each_measure_finds_its_kind_of_copy(text):
     facts = held_out.report()["X test"]
     assert {name for name in MEASURES if facts[name] == 1 and facts["train_rows"][name] == 1} == COPIES[text] and facts["questions"] == 2
     assert set(facts["examples"]) == COPIES[text]
+
+
+def number_blind(text):
+    return dict(forms(text, words(text)))["number_blind"]
+
+
+def grams(text):
+    return gram_set(words(text), GRAM)
 
 
 def test_an_operator_is_a_word_and_a_hyphen_is_none():
