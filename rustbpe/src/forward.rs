@@ -4,6 +4,8 @@
 //! float32 and become the weights' format where they meet them; the cache is float32. A token's result does not depend, to the bit, on which
 //! other tokens are in the pass, nor on the number of threads.
 
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)] // loops over indices are what becomes vector code
+
 use crate::isa::{isa, per_isa, Isa};
 use crate::product::{product, Matrix, Number, Output, Place};
 use crate::team::Team;
@@ -77,7 +79,7 @@ impl<N: Number> Transformer<N> {
             head: Matrix::default(),
             cos: Vec::new(),
             sin: Vec::new(),
-            team: Team::new(),
+            team: Team::default(),
             buffers: Buffers { input: Vec::new(), wide: Vec::new(), qkv: Vec::new(), scores: Vec::new() },
         }
     }
@@ -310,7 +312,6 @@ fn turn_and_norm(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, to: &mut [f32]
 
 per_isa! {
     /// Attention of some (token, key head) pairs: qkv (tokens, heads + 2 kv heads, size) -> to (tokens, heads, size).
-    #[allow(clippy::too_many_arguments)]
     pub fn attend[N: Number][N](isa: Isa, heads: Heads, qkv: Place<f32>, tokens: Tokens, cache: Cache, layer: usize, scores: Place<f32>, to: Place<N>, tasks: &[(u32, u32)], phase: Phase) {
         match heads.size {
             32 => attend_sized::<N, 32>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
@@ -322,7 +323,6 @@ per_isa! {
 }
 
 /// D is the heads' size where the compiler may know it, else 0.
-#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 fn attend_sized<N: Number, const D: usize>(
     isa: Isa,

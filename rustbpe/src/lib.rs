@@ -271,9 +271,9 @@ mod python {
         fn new(width: usize, heads: usize, kv_heads: usize, layers: usize, is_bfloat16: bool) -> PyResult<Self> {
             if heads == 0
                 || kv_heads == 0
-                || width % heads != 0
-                || heads % kv_heads != 0
-                || width / heads % 2 != 0
+                || !width.is_multiple_of(heads)
+                || !heads.is_multiple_of(kv_heads)
+                || !(width / heads).is_multiple_of(2)
                 || width / heads > MAX_HEAD
             {
                 return Err(value_error(format!(

@@ -4,6 +4,8 @@
 //! sum runs over the inputs from first to last in one accumulator, whatever the number of rows or threads: a row's result never depends
 //! on its neighbours, to the bit.
 
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)] // loops over indices are what becomes vector code
+
 use crate::isa::{per_isa, Isa};
 
 pub const PANEL: usize = 32; // columns of a panel: two AVX-512 registers of float32
@@ -147,13 +149,25 @@ unsafe fn f32_tile<const M: usize, const P: usize>(
             }
         }
     }
-    for m in 0..M {
-        for p in 0..P {
-            for half in 0..2 {
-                _mm512_storeu_ps(sums[m][p].as_mut_ptr().add(16 * half), kept[m][p][half]);
-            }
+    store(&kept, sums);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store<const M: usize, const P: usize>(kept: &[[[std::arch::x86_64::__m512; 2]; P]; M], sums: &mut [[[f32; PANEL]; P]; M]) {
+    for (kept, sums) in kept.as_flattened().iter().zip(sums.as_flattened_mut()) {
+        for half in 0..2 {
+            std::arch::x86_64::_mm512_storeu_ps(sums.as_mut_ptr().add(16 * half), kept[half]);
         }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn bf16_lanes(bits: std::arch::x86_64::__m512i) -> std::arch::x86_64::__m512bh {
+    std::mem::transmute(bits)
 }
 
 /// The same by the processor's own instruction for pairs of bfloat16, which no loop compiles to.
@@ -170,23 +184,16 @@ unsafe fn bf16_tile<const M: usize, const P: usize>(
     for step in 0..steps {
         for p in 0..P {
             let line = panels[p].add(step * PANEL).cast::<__m512i>();
-            let halves: [__m512bh; 2] =
-                [std::mem::transmute(_mm512_loadu_si512(line)), std::mem::transmute(_mm512_loadu_si512(line.add(1)))];
+            let halves: [__m512bh; 2] = [bf16_lanes(_mm512_loadu_si512(line)), bf16_lanes(_mm512_loadu_si512(line.add(1)))];
             for m in 0..M {
-                let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(rows[m].cast::<i32>().add(step).read_unaligned()));
+                let pair: __m512bh = bf16_lanes(_mm512_set1_epi32(rows[m].cast::<i32>().add(step).read_unaligned()));
                 for half in 0..2 {
                     kept[m][p][half] = _mm512_dpbf16_ps(kept[m][p][half], pair, halves[half]);
                 }
             }
         }
     }
-    for m in 0..M {
-        for p in 0..P {
-            for half in 0..2 {
-                _mm512_storeu_ps(sums[m][p].as_mut_ptr().add(16 * half), kept[m][p][half]);
-            }
-        }
-    }
+    store(&kept, sums);
 }
 
 /// A weight matrix (columns, inputs), packed.

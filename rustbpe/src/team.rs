@@ -72,11 +72,13 @@ pub struct Team {
     process: u32, // a fork copies the team and none of its threads
 }
 
-impl Team {
-    pub fn new() -> Self {
+impl Default for Team {
+    fn default() -> Self {
         Team { shared: Arc::default(), size: 1, process: std::process::id() }
     }
+}
 
+impl Team {
     /// Run `work` as members 0 to `members - 1` and wait for all of them. The caller is member 0.
     pub fn run(&mut self, members: usize, work: &(dyn Fn(usize, usize, &Barrier) + Sync)) {
         let barrier = Arc::new(Barrier::new(members));
@@ -84,7 +86,7 @@ impl Team {
             return work(0, 1, &barrier);
         }
         if self.process != std::process::id() {
-            std::mem::forget(std::mem::replace(self, Team::new())); // its lock may be held by a thread that is not here
+            std::mem::forget(std::mem::take(self)); // its lock may be held by a thread that is not here
         }
         for member in self.size..members {
             let shared = Arc::clone(&self.shared);
@@ -159,7 +161,7 @@ mod tests {
 
     #[test]
     fn all_members_meet_at_every_barrier() {
-        let mut team = Team::new();
+        let mut team = Team::default();
         for members in [1, 3, 2, 5, 2] {
             let steps: Vec<AtomicUsize> = (0..members).map(|_| AtomicUsize::new(0)).collect();
             team.run(members, &|member, size, barrier| {
