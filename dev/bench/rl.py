@@ -44,7 +44,7 @@ class Config:
     threads: int = 2                           # of a CPU
     clock: str = "wall"                        # wall, or cpu: seconds of processor time, for a CPU that others use too (with threads=1)
     rounds: int = 6                            # measured steps of each
-    compiled: bool = True                      # our attention while sampling, and our gradient pass at equal lengths
+    compiled: bool = True                      # our gradient pass at equal lengths
     shared: bool = True                        # our gradient pass computes a prompt once per group (False = once per sample)
     optimizer: str = "muon"                    # ours: muon (what chat_rl takes) or adamw (TRL's)
     peer: bool = True                          # measure TRL too
@@ -77,7 +77,7 @@ class Ours:
         if config.compiled and kind == "equal":  # every new shape compiles anew: lengths that vary stay eager
             self.model.compile_for_training()
         self.compute, self.tokenizer = compute, Words(config.vocab_size)
-        self.engine = Engine(self.model, self.tokenizer, tools=False, compiled=config.compiled)
+        self.engine = Engine(self.model, self.tokenizer, tools=False)
         self.engine.stops = frozenset(stops)
         self.optimizer = (MuonAdamW(self.model, compute) if config.optimizer == "muon" else
                           torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True))
