@@ -19,7 +19,7 @@ from nanochat.decoder import capped_, make_decoder
 from nanochat.execution import calculate
 from nanochat.gpt import GPT, frozen_gpt
 from nanochat.kv_cache import KVCache, Prefill
-from nanochat.sampling import Sampler, stream_key, uniforms
+from nanochat.sampling import Sampler, largest, stream_key, uniforms
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one pass: bounds the memory of admission
 
@@ -356,6 +356,8 @@ class RowSampler:
 
     def draw(self, logits, rows):
         """logits (n, V), which may be overwritten -> lists of n tokens and n log-probabilities. One wait for the device."""
+        if self.sampler.is_greedy:
+            return largest(logits).tolist(), [0.0] * len(rows)
         draws = np.array([len(row.tokens) for row in rows])
         uniform = torch.from_numpy(uniforms(self.keys, draws)).to(self.device)
         tokens, logprobs = self.sampler(logits, uniform)

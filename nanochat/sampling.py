@@ -79,6 +79,7 @@ class Sampler:
             is_nucleus = top_p is not None and top_p < 1
             kind = "greedy" if temperature < GREEDY else "top_k" if top_k is not None else "nucleus" if is_nucleus else "full"
             kinds.setdefault(kind, []).append(row)
+        self.is_greedy = set(kinds) == {"greedy"}
         self.parts = [Part(kind, rows if len(rows) < self.n else None, [settings[row] for row in rows], device, cap) for kind, rows in kinds.items()]
 
     def __call__(self, logits, uniform):

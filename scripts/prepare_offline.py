@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import base_dir, print0, write_atomic
 from nanochat.configurator import parse
+from nanochat.workers import num_cores, workers
 from tasks.algebra import SIZES, draw_problem, make_problem, prepared, split_of
 from tasks.algebra_kinds import LARGEST, LEVELS, NAMES, THINGS
 from tasks.aqua import INSTRUCTION
@@ -28,6 +29,7 @@ SOURCES = ("scripts/prepare_offline.py", "tasks/algebra.py", "tasks/algebra_kind
 MANIFEST = "offline_manifest.json"
 FIRST_LOOKUPS = 0.08          # share of the text, at its beginning, that is lookup lists alone
 SHARD_CHARS, VAL_SHARE, ROW_GROUP = 4_000_000, 0.02, 1_000  # text per shard; validation text in addition; documents per row group
+ROWS_AT_ONCE, ROW_CHARS = 5_000, 600  # train problems that one process makes at a time; characters of one, about
 # What can be made on its own, and the knobs that it depends on
 PARTS = {"text": ("seed", "text_chars"), "aqua": ("seed", "train_rows", "validation_rows", "test_rows"), "identity": ("seed", "identity_rows")}
 
@@ -67,19 +69,22 @@ def main(config):
             todo.append((part, wanted, ours))
             refuse_foreign_files(folder, part, config, ours)
 
-    for part, wanted, ours in todo:
-        for name in ours:
-            (folder / name).unlink(missing_ok=True)
-        # Until the part is finished, the manifest only says whose the files are that a killed run leaves
-        manifest[part] = {"files": dict.fromkeys(file_names(part, config))}
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        files = {}
-        for name, data, facts in MAKERS[part](config):
-            write_atomic(folder / name, data)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **facts}
-        assert list(files) == file_names(part, config), f"{part} wrote {list(files)}"
-        manifest[part] = {"wanted": wanted, "files": files}
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    is_small = config.text_chars + ROW_CHARS * config.train_rows < SHARD_CHARS  # made sooner than other processes have started
+    with workers(1 if is_small else num_cores()) as run:
+        made = [MAKERS[part](config, run) for part, _, _ in todo]
+        for (part, wanted, ours), contents in zip(todo, made):
+            for name in ours:
+                (folder / name).unlink(missing_ok=True)
+            # Until the part is finished, the manifest only says whose the files are that a killed run leaves
+            manifest[part] = {"files": dict.fromkeys(file_names(part, config))}
+            write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            files = {}
+            for name, data, facts in contents:
+                write_atomic(folder / name, data)
+                files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **facts}
+            assert list(files) == file_names(part, config), f"{part} wrote {list(files)}"
+            manifest[part] = {"wanted": wanted, "files": files}
+            write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     files = {name: facts for part in parts for name, facts in manifest[part]["files"].items()}
     if todo:
         print_summary(folder, files)
@@ -94,27 +99,48 @@ def file_names(part, config):
     return ["aqua/counts.json", *(f"aqua/{split}.jsonl" for split in SIZES)] if part == "aqua" else ["identity_conversations.jsonl"]
 
 
-def make_text(config):
-    *train, val = file_names("text", config)
-    sizes = dict.fromkeys(train, config.text_chars // len(train)) | {val: max(20_000, int(VAL_SHARE * config.text_chars))}
-    for name, num_chars in sizes.items():
-        documents = make_documents(num_chars, config.seed, name, int(FIRST_LOOKUPS * config.text_chars) if name == train[0] else 0)
-        yield name, parquet(documents), {"rows": len(documents), "chars": sum(map(len, documents))}
+# A maker -> (name, content, facts) of each of its files. What takes long is given to `run` (nanochat/workers.py) at once, for all parts before the
+# first file is written, so that no core waits for a part's last piece.
+def make_text(config, run):
+    *train, val = names = file_names("text", config)
+    sizes = [config.text_chars // len(train)] * len(train) + [max(20_000, int(VAL_SHARE * config.text_chars))]
+    first_lookups = [int(FIRST_LOOKUPS * config.text_chars)] + [0] * len(train)
+    shards = run(text_shard, [(chars, config.seed, name, lookups) for chars, name, lookups in zip(sizes, names, first_lookups)])
+    return ((name, data, facts) for name, (data, facts) in zip(names, shards))
 
 
-def make_aqua(config):
-    splits = {split: algebra_rows(split, getattr(config, f"{split}_rows"), config.seed) for split in SIZES}
-    counts = {"source": "scripts.prepare_offline"} | {split: {
-        "rows": len(rows), "letters": dict(sorted(Counter(row["correct"] for row in rows).items())),
-        "levels": dict(sorted(Counter(str(row["level"]) for row in rows).items()))} for split, rows in splits.items()}
+def text_shard(*arguments):
+    documents = make_documents(*arguments)
+    return parquet(documents), {"rows": len(documents), "chars": sum(map(len, documents))}
+
+
+def make_aqua(config, run):
+    pieces = [("train", first, min(first + ROWS_AT_ONCE, config.train_rows)) for first in range(0, config.train_rows, ROWS_AT_ONCE)]
+    pieces += [(split, 0, getattr(config, f"{split}_rows")) for split in SIZES if split != "train"]
+    return join_aqua(pieces, run(algebra_lines, [(*piece, config.seed) for piece in pieces]))
+
+
+def join_aqua(pieces, made):
+    data, facts = dict.fromkeys(SIZES, b""), {split: {"rows": 0, "letters": Counter(), "levels": Counter()} for split in SIZES}
+    for (split, _, _), (lines, counts) in zip(pieces, made):
+        data[split] += lines
+        for name, count in counts.items():
+            facts[split][name] += count
+    counts = {"source": "scripts.prepare_offline"} | {
+        split: {name: count if name == "rows" else dict(sorted(count.items())) for name, count in facts[split].items()} for split in SIZES}
     # First the counts: AQUA refuses a folder whose splits do not fit them, so half a set is never taken for the whole
     yield "aqua/counts.json", (json.dumps(counts, indent=2) + "\n").encode(), {}
-    for split, rows in splits.items():
-        data = jsonl(rows)
-        yield f"aqua/{split}.jsonl", data, {"rows": len(rows), "chars": len(data)}
+    for split in SIZES:
+        yield f"aqua/{split}.jsonl", data[split], {"rows": facts[split]["rows"], "chars": len(data[split])}
 
 
-def make_identity(config):
+def algebra_lines(*arguments):
+    """Problems as JSON lines, and what is counted of them."""
+    rows = algebra_rows(*arguments)
+    return jsonl(rows), {"rows": len(rows), "letters": Counter(row["correct"] for row in rows), "levels": Counter(str(row["level"]) for row in rows)}
+
+
+def make_identity(config, run):
     rows = [identity_conversation(random.Random(f"{config.seed}|identity|{i}")) for i in range(config.identity_rows)]
     data = jsonl(rows)
     yield "identity_conversations.jsonl", data, {"rows": len(rows), "chars": len(data)}
@@ -154,17 +180,17 @@ def print_summary(folder, files):
         print0(f"{name:36} {facts.get('rows', ''):>9} {facts.get('chars', ''):>12} {facts['bytes']:>12}  {facts['sha256'][:12]}")
 
 
-def algebra_rows(split, count, seed):
-    """The first problems of a split; held-out ones all differ, so that no question counts twice in an accuracy."""
+def algebra_rows(split, first, last, seed):
+    """The problems of a split from the first to before the last; held-out ones all differ, so that no question counts twice in an accuracy."""
     if split == "train":
-        return [prepared(make_problem(split, index, seed=seed)) for index in range(count)]
+        return [prepared(make_problem(split, index, seed=seed)) for index in range(first, last)]
     rows = {}
-    for index in range(20 * count):
+    for index in range(20 * last):
         row = make_problem(split, index, seed=seed)
         rows.setdefault(row["question"], row)
-        if len(rows) == count:
+        if len(rows) == last:
             return list(map(prepared, rows.values()))
-    raise ValueError(f"{split} has only about {len(rows)} different problems, not {count}: ask for fewer --{split}-rows")
+    raise ValueError(f"{split} has only about {len(rows)} different problems, not {last}: ask for fewer --{split}-rows")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ from nanochat.serving.text import text_offsets, token_text
 FINISH = {"stop": "stop", "length": "length", "cancelled": "length", None: None}  # a request whose time is up was cut, like a long one
 
 
+# One encoder for all: json.dumps with settings makes a new one for every token. ASCII: half a surrogate pair from a client must not break the answer.
+ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
 def dumps(value):
-    """ASCII JSON: half a surrogate pair from a client must not break the answer."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+    return ENCODER.encode(value).encode()
 
 
 def event(value):
