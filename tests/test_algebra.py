@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.dataset import iter_documents, list_shards
+from nanochat.workers import workers
 from scripts import prepare_offline
 from tasks.algebra import SIZES, Algebra, choose_options, draw, make_problem, split_of
 from tasks.algebra_kinds import KINDS, LARGEST, LEVELS
@@ -355,6 +356,14 @@ def test_another_seed_gives_other_text_and_the_same_seed_the_same(offline, tmp_p
     fewer = prepare_offline.main(prepare_offline.Config(**{**SMALL, "train_rows": 10}, output_dir=str(tmp_path)))
     assert all(fewer[name] == files[name] for name in files if "aqua" not in name)
     assert fewer["aqua/train.jsonl"]["rows"] == 10 and len(AQUA("train", data_dir=tmp_path / "aqua")) == 10
+
+
+def test_several_processes_make_the_same_files(offline, tmp_path, monkeypatch):
+    folder, files = offline
+    monkeypatch.setattr(prepare_offline, "workers", lambda count: workers(2))
+    monkeypatch.setattr(prepare_offline, "ROWS_AT_ONCE", 150)  # 400 rows in three pieces
+    assert prepare_offline.main(prepare_offline.Config(**SMALL, output_dir=str(tmp_path))) == files
+    assert {name: content for name, (content, _) in snapshot(tmp_path).items()} == {name: content for name, (content, _) in snapshot(folder).items()}
 
 
 def test_a_killed_run_is_taken_up_again(tmp_path, monkeypatch):
