@@ -2,7 +2,7 @@
 
 A step at batch 1 is a thousand small operators when it is written for training, and PyTorch pays for each. `CpuDecoder` makes the whole pass
 in one call of Rust (rustbpe/src/forward.rs): weights packed once and read once a step, a few rows at the speed of memory. Activations
-and cache are float32 there; a row's result does not depend, to the bit, on the other rows or on the number of threads. `TorchDecoder`, for
+are float32 there, the cache is in the model's own format; a row's result does not depend, to the bit, on the other rows or on the number of threads. `TorchDecoder`, for
 GPUs, needs a third of the training pass's operators: queries, keys and values are one product, RMSNorm four operators instead of nine.
 Both equal the plain model to 1e-5 in float32 (tests/test_decoder.py). Their weights are copies: `refresh` after an update.
 """
@@ -30,7 +30,7 @@ class CpuDecoder:
         self.refresh()
 
     def new_cache(self):
-        return CpuKVCache(self.model.config, self.model.device)
+        return CpuKVCache(self.model.config, self.model.compute_dtype, self.model.device)
 
     def refresh(self):
         """The model's weights have changed: pack them anew."""
@@ -44,7 +44,7 @@ class CpuDecoder:
     def hidden(self, inputs, kv_cache):
         """(B, T) ids that continue what the cache holds -> (B, T, C) float32 after the last norm; 0 at a prefill's padding."""
         B, T = inputs.size()
-        is_real, places = kv_cache.places(B, T)
+        is_real, places = kv_cache.places(B, T, self.model.compute_dtype)
         x = F.embedding(inputs.reshape(-1) if is_real is None else inputs[is_real], self.model.transformer.wte.weight).float()  # (N, C)
         self.transformer.hidden(x.data_ptr(), *places, torch.get_num_threads())
         kv_cache.advance(T)

@@ -38,14 +38,14 @@ class Prefill:
     def advance(self, T):
         pass
 
-    def places(self, B, T):
+    def places(self, B, T, dtype):
         """-> which of (B, T) ids are real, and CpuTransformer's account of their places: (rows, positions, addresses of keys, of values, strides, room,
         no shared prompts). Makes room for them: one head's positions follow each other."""
         config, lengths = self.config, [T] * B if self.lengths is None else self.lengths
         Hkv, reach, D = config.n_kv_head, self.reused + T, config.n_embd // config.n_head
         for part, old in ((self.keys, self.past and self.past.keys), (self.values, self.past and self.past.values)):
             for layer in range(config.n_layer):
-                part[layer] = torch.zeros(B, Hkv, reach, D).transpose(1, 2)  # zeros: padding is copied with the rest, and 0 times garbage could be NaN
+                part[layer] = torch.zeros(B, Hkv, reach, D, dtype=dtype).transpose(1, 2)  # zeros: padding is copied with the rest, and 0 times garbage could be NaN
                 if self.past is not None:
                     part[layer][:, :self.reused] = old[layer][:, :self.reused]
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]
@@ -190,8 +190,9 @@ class CpuKVCache(KVCache):
     """What CpuDecoder reads. Samples of one prompt read its keys and values from one place, which then stays in the processor's own memory (as in
     Hydragen, arXiv 2402.05099, where it is one product; here the reading is what costs); a row has memory of its own from its first sampled token."""
 
-    def __init__(self, config, device):
-        super().__init__(config, torch.float32, device)
+    def __init__(self, config, dtype, device):
+        super().__init__(config, dtype, device)
+        self.dtype = dtype  # the plain cache of a CPU is float32
 
     def release(self):
         super().release()
@@ -226,8 +227,9 @@ class CpuKVCache(KVCache):
         self.prompts[row], self.starts[row], self.numbered = self.prompts[last], self.starts[last], None
         del self.prompts[last:]
 
-    def places(self, B, T):
+    def places(self, B, T, dtype):
         """The same as Prefill's, for T more tokens of each row; they are all real (None)."""
+        assert dtype == self.dtype
         fed = self.lengths[:B, None] + np.arange(T)
         self.reserve(B, int((fed[:, -1] - self.starts[:B]).max()) + 1)
         if self.numbered is None:

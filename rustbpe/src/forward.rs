@@ -1,7 +1,7 @@
 //! The transformer's pass over new tokens against a cache of keys and values, for the engine: nanochat/decoder.py is its only caller.
 //!
 //! The same function as nanochat/gpt.py, without gradients: rotary positions, then QK-norm; relu^2; RMSNorm without weights. Activations are
-//! float32 and become the weights' format where they meet them; the cache is float32. A token's result does not depend, to the bit, on which
+//! float32 and become the weights' format where they meet them; the cache is of that format. A token's result does not depend, to the bit, on which
 //! other tokens are in the pass, nor on the number of threads.
 
 #![allow(clippy::needless_range_loop, clippy::too_many_arguments)] // loops over indices are what becomes vector code
@@ -23,17 +23,17 @@ pub struct Layer<N: Number> {
 
 /// Where keys and values are: those of (row, head, position) begin at row * strides[0] + head * strides[1] + position * strides[2] of their layer.
 #[derive(Clone, Copy)]
-pub struct Cache<'a> {
-    pub keys: &'a [Place<f32>], // of every layer
-    pub values: &'a [Place<f32>],
+pub struct Cache<'a, N> {
+    pub keys: &'a [Place<N>], // of every layer
+    pub values: &'a [Place<N>],
     pub strides: [usize; 3],
-    pub prompts: &'a [Prompt],
+    pub prompts: &'a [Prompt<N>],
 }
 
 /// The first `length` positions of all rows that share it; those rows' own memory begins behind it. (head, position) is at head * head_stride + position * size.
-pub struct Prompt {
-    pub keys: Vec<Place<f32>>,
-    pub values: Vec<Place<f32>>,
+pub struct Prompt<N> {
+    pub keys: Vec<Place<N>>,
+    pub values: Vec<Place<N>>,
     pub head_stride: usize,
     pub length: usize,
 }
@@ -88,7 +88,7 @@ impl<N: Number> Transformer<N> {
     ///
     /// # Safety
     /// x and the cache are as large as the tokens' rows and positions say, and nobody else touches them.
-    pub unsafe fn hidden(&mut self, x: Place<f32>, tokens: Tokens, cache: Cache, threads: usize) {
+    pub unsafe fn hidden(&mut self, x: Place<f32>, tokens: Tokens, cache: Cache<N>, threads: usize) {
         let (count, width) = (tokens.rows.len(), self.width);
         let qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim;
         let reach = tokens.positions.iter().max().map_or(0, |&last| last as usize + 1);
@@ -248,17 +248,17 @@ fn sum_of_squares(values: &[f32]) -> f32 {
 
 /// LANES sums side by side, then one.
 #[inline(always)]
-fn dot(one: &[f32], other: &[f32]) -> f32 {
+fn dot<N: Number>(one: &[f32], other: &[N]) -> f32 {
     let mut lanes = [0f32; LANES];
     let (chunks, others) = (one.chunks_exact(LANES), other.chunks_exact(LANES));
     let (rest, other_rest) = (chunks.remainder(), others.remainder());
     for (a, b) in chunks.zip(others) {
         for i in 0..LANES {
-            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+            lanes[i] = a[i].mul_add(b[i].to_f32(), lanes[i]);
         }
     }
     for (i, (a, b)) in rest.iter().zip(other_rest).enumerate() {
-        lanes[i] = a.mul_add(*b, lanes[i]);
+        lanes[i] = a.mul_add(b.to_f32(), lanes[i]);
     }
     sum_of(lanes)
 }
@@ -312,7 +312,7 @@ fn turn_and_norm(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, to: &mut [f32]
 
 per_isa! {
     /// Attention of some (token, key head) pairs: qkv (tokens, heads + 2 kv heads, size) -> to (tokens, heads, size).
-    pub fn attend[N: Number][N](isa: Isa, heads: Heads, qkv: Place<f32>, tokens: Tokens, cache: Cache, layer: usize, scores: Place<f32>, to: Place<N>, tasks: &[(u32, u32)], phase: Phase) {
+    pub fn attend[N: Number][N](isa: Isa, heads: Heads, qkv: Place<f32>, tokens: Tokens, cache: Cache<N>, layer: usize, scores: Place<f32>, to: Place<N>, tasks: &[(u32, u32)], phase: Phase) {
         match heads.size {
             32 => attend_sized::<N, 32>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
             64 => attend_sized::<N, 64>(isa, heads, qkv, tokens, cache, layer, scores, to, tasks, phase),
@@ -329,7 +329,7 @@ fn attend_sized<N: Number, const D: usize>(
     heads: Heads,
     qkv: Place<f32>,
     tokens: Tokens,
-    cache: Cache,
+    cache: Cache<N>,
     layer: usize,
     scores: Place<f32>,
     to: Place<N>,
@@ -357,8 +357,12 @@ fn attend_sized<N: Number, const D: usize>(
             if phase != Phase::Read {
                 let key = std::slice::from_raw_parts(mine.add((heads.count + kv_head) * size), size);
                 let place = (position - shared) * stride;
-                turn_and_norm(key, cos, sin, 1.0, std::slice::from_raw_parts_mut(keys.add(place), size));
-                std::ptr::copy_nonoverlapping(mine.add((heads.count + heads.kv_count + kv_head) * size), values.add(place), size);
+                let value = mine.add((heads.count + heads.kv_count + kv_head) * size);
+                turn_and_norm(key, cos, sin, 1.0, &mut turned[..size]);
+                for d in 0..size {
+                    *keys.add(place + d) = N::from_f32(turned[d]);
+                    *values.add(place + d) = N::from_f32(*value.add(d));
+                }
             }
             if phase == Phase::Write {
                 continue;
@@ -375,7 +379,7 @@ fn attend_sized<N: Number, const D: usize>(
                 turn_and_norm(query, cos, sin, 1.0 / (size as f32).sqrt(), &mut turned[..size]);
                 let scores = std::slice::from_raw_parts_mut(scores.0, position + 1);
                 let (of_prompt, of_row) = scores.split_at_mut(shared);
-                let peak = score::<D>(isa, &turned[..size], prompt_keys, size, of_prompt).max(score::<D>(
+                let peak = score::<N, D>(isa, &turned[..size], prompt_keys, size, of_prompt).max(score::<N, D>(
                     isa,
                     &turned[..size],
                     keys,
@@ -389,8 +393,8 @@ fn attend_sized<N: Number, const D: usize>(
                 sums[0][..size].fill(0.0);
                 sums[1][..size].fill(0.0);
                 let (of_prompt, of_row) = scores.split_at(shared);
-                mix::<D>(of_prompt, prompt_values, size, 0, &mut sums, size);
-                mix::<D>(of_row, values, stride, shared % 2, &mut sums, size);
+                mix::<N, D>(of_prompt, prompt_values, size, 0, &mut sums, size);
+                mix::<N, D>(of_row, values, stride, shared % 2, &mut sums, size);
                 for d in 0..size {
                     *to.at((token * heads.count + head) * size + d) = N::from_f32((sums[0][d] + sums[1][d]) * factor);
                 }
@@ -401,10 +405,10 @@ fn attend_sized<N: Number, const D: usize>(
 
 /// scores[i] = query . key i -> the largest.
 #[inline(always)]
-unsafe fn score<const D: usize>(isa: Isa, query: &[f32], keys: *const f32, stride: usize, scores: &mut [f32]) -> f32 {
+unsafe fn score<N: Number, const D: usize>(isa: Isa, query: &[f32], keys: *const N, stride: usize, scores: &mut [f32]) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if D != 0 && isa >= Isa::Avx2 {
-        return score_fours::<D>(query.as_ptr(), keys, stride, scores);
+        return score_fours::<N, D>(query.as_ptr(), keys, stride, scores);
     }
     let _ = isa;
     let mut peak = f32::NEG_INFINITY;
@@ -418,17 +422,17 @@ unsafe fn score<const D: usize>(isa: Isa, query: &[f32], keys: *const f32, strid
 /// The same for four keys at once: their 32 lanes become four sums together, where the compiler would make each alone.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn score_fours<const D: usize>(query: *const f32, keys: *const f32, stride: usize, scores: &mut [f32]) -> f32 {
+unsafe fn score_fours<N: Number, const D: usize>(query: *const f32, keys: *const N, stride: usize, scores: &mut [f32]) -> f32 {
     use std::arch::x86_64::*;
     let Some(last) = scores.len().checked_sub(1) else { return f32::NEG_INFINITY };
     let mut peaks = _mm_set1_ps(f32::NEG_INFINITY);
     for (four, scores) in scores.chunks_mut(4).enumerate() {
         let mut lanes = [_mm256_setzero_ps(); 4];
-        let places: [*const f32; 4] = std::array::from_fn(|i| keys.wrapping_add(last.min(4 * four + i) * stride)); // the last again where there are fewer
+        let places: [*const N; 4] = std::array::from_fn(|i| keys.wrapping_add(last.min(4 * four + i) * stride)); // the last again where there are fewer
         for d in (0..D).step_by(8) {
             let part = _mm256_loadu_ps(query.add(d));
             for i in 0..4 {
-                lanes[i] = _mm256_fmadd_ps(part, _mm256_loadu_ps(places[i].add(d)), lanes[i]);
+                lanes[i] = _mm256_fmadd_ps(part, N::eight(places[i].add(d)), lanes[i]);
             }
         }
         let pairs = _mm256_hadd_ps(_mm256_hadd_ps(lanes[0], lanes[1]), _mm256_hadd_ps(lanes[2], lanes[3]));
@@ -450,9 +454,9 @@ unsafe fn score_fours<const D: usize>(query: *const f32, keys: *const f32, strid
 /// Adds weights[i] * value i to sums[(first + i) % 2]: even and odd positions apart, so that one addition does not wait for the other, and in
 /// the same order wherever a row is cut into its prompt and its own.
 #[inline(always)]
-unsafe fn mix<const D: usize>(
+unsafe fn mix<N: Number, const D: usize>(
     weights: &[f32],
-    values: *const f32,
+    values: *const N,
     stride: usize,
     first: usize,
     sums: &mut [[f32; MAX_HEAD]; 2],
@@ -462,7 +466,7 @@ unsafe fn mix<const D: usize>(
         for (i, &weight) in weights.iter().enumerate() {
             let value = std::slice::from_raw_parts(values.add(i * stride), size);
             for (sum, &value) in sums[(first + i) % 2].iter_mut().zip(value) {
-                *sum = value.mul_add(weight, *sum);
+                *sum = value.to_f32().mul_add(weight, *sum);
             }
         }
         return;
@@ -472,20 +476,25 @@ unsafe fn mix<const D: usize>(
     let last = pairs.remainder();
     for (i, pair) in pairs.enumerate() {
         for half in 0..2 {
-            let value = &*values.add((2 * i + half) * stride).cast::<[f32; D]>();
-            for d in 0..D {
-                kept[half][d] = value[d].mul_add(pair[half], kept[half][d]);
-            }
+            add_scaled(&mut kept[half], pair[half], &*values.add((2 * i + half) * stride).cast::<[N; D]>());
         }
     }
     if let [weight] = last {
-        let value = &*values.add((weights.len() - 1) * stride).cast::<[f32; D]>();
-        for d in 0..D {
-            kept[0][d] = value[d].mul_add(*weight, kept[0][d]);
-        }
+        add_scaled(&mut kept[0], *weight, &*values.add((weights.len() - 1) * stride).cast::<[N; D]>());
     }
     for (half, kept) in kept.iter().enumerate() {
         sums[(first + half) % 2][..D].copy_from_slice(kept);
+    }
+}
+
+#[inline(always)]
+fn add_scaled<N: Number, const D: usize>(sums: &mut [f32; D], weight: f32, value: &[N; D]) {
+    let mut wide = [0f32; D]; // on its own, or the compiler widens one number after the other
+    for d in 0..D {
+        wide[d] = value[d].to_f32();
+    }
+    for d in 0..D {
+        sums[d] = wide[d].mul_add(weight, sums[d]);
     }
 }
 

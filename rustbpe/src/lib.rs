@@ -254,6 +254,30 @@ mod python {
             self.cos = std::slice::from_raw_parts(cos as *const f32, count).to_vec();
             self.sin = std::slice::from_raw_parts(sin as *const f32, count).to_vec();
         }
+
+        /// `hidden`, all of whose places are addresses.
+        unsafe fn continued(
+            &mut self,
+            x: usize,
+            tokens: Tokens,
+            (keys, values): (&[usize], &[usize]),
+            strides: [usize; 3],
+            prompts: &[(Vec<usize>, Vec<usize>, usize, usize)],
+            threads: usize,
+        ) {
+            let places = |addresses: &[usize]| -> Vec<Place<N>> { addresses.iter().map(|&address| Place(address as *mut N)).collect() };
+            let prompts: Vec<Prompt<N>> = prompts
+                .iter()
+                .map(|(keys, values, head_stride, length)| Prompt {
+                    keys: places(keys),
+                    values: places(values),
+                    head_stride: *head_stride,
+                    length: *length,
+                })
+                .collect();
+            let cache = Cache { keys: &places(keys), values: &places(values), strides, prompts: &prompts };
+            self.hidden(Place(x as *mut f32), tokens, cache, threads)
+        }
     }
 
     macro_rules! of_either {
@@ -324,7 +348,6 @@ mod python {
         ) -> PyResult<()> {
             let (num_rows, capacity) = room;
             let (layers, angles) = of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim));
-            let places = |addresses: &[usize]| -> Vec<Place<f32>> { addresses.iter().map(|&address| Place(address as *mut f32)).collect() };
             let of_layers = |addresses: &Vec<usize>| addresses.len() == layers;
             let fits = |(i, (&row, &position)): (usize, (&i64, &i64))| {
                 let shared = match prompt_of.get(i) {
@@ -347,20 +370,11 @@ mod python {
                     rows.len(), positions.iter().max().unwrap_or(&0), prompts.len()
                 )));
             }
-            let prompts: Vec<Prompt> = prompts
-                .iter()
-                .map(|(keys, values, head_stride, length)| Prompt {
-                    keys: places(keys),
-                    values: places(values),
-                    head_stride: *head_stride,
-                    length: *length,
-                })
-                .collect();
-            let (keys, values) = (places(&keys), places(&values));
             let tokens = Tokens { rows: &rows, positions: &positions, prompts: &prompt_of };
-            let cache = Cache { keys: &keys, values: &values, strides, prompts: &prompts };
             // SAFETY: rows and positions lie inside the caches, and x has a row for each token.
-            py.detach(|| of_either!(&mut self.0, model => unsafe { model.hidden(Place(x as *mut f32), tokens, cache, threads) }));
+            py.detach(
+                || of_either!(&mut self.0, model => unsafe { model.continued(x, tokens, (&keys, &values), strides, &prompts, threads) }),
+            );
             Ok(())
         }
 

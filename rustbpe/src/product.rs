@@ -17,7 +17,15 @@ pub trait Number: Copy + Default + Send + Sync + 'static {
     const STEP: usize; // inputs in a packed number
 
     fn from_f32(value: f32) -> Self;
+    fn to_f32(self) -> f32;
     fn pack(values: [Self; 2]) -> Self::Packed;
+
+    /// Eight of them as float32.
+    ///
+    /// # Safety
+    /// The processor has AVX2, and eight numbers are there.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn eight(place: *const Self) -> std::arch::x86_64::__m256;
 
     /// Adds `rows` x `panels` to `sums`: P panels of `steps` packed lines, M rows.
     fn tile<const M: usize, const P: usize>(
@@ -36,6 +44,18 @@ impl Number for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> f32 {
         value
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn eight(place: *const f32) -> std::arch::x86_64::__m256 {
+        std::arch::x86_64::_mm256_loadu_ps(place)
     }
 
     fn pack(values: [f32; 2]) -> f32 {
@@ -89,6 +109,19 @@ impl Number for Bf16 {
         Bf16((bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16)
     }
 
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.0 as u32) << 16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn eight(place: *const Bf16) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(place.cast())), 16))
+    }
+
     fn pack(values: [Bf16; 2]) -> u32 {
         values[0].0 as u32 | (values[1].0 as u32) << 16
     }
@@ -113,8 +146,7 @@ impl Number for Bf16 {
                 // SAFETY: a panel has `steps` lines of PANEL pairs, and a row has `steps` pairs.
                 let line = unsafe { &*panels[p].add(step * PANEL).cast::<[u32; PANEL]>() };
                 for m in 0..M {
-                    let (first, second) = unsafe { ((*rows[m].add(2 * step)).0, (*rows[m].add(2 * step + 1)).0) };
-                    let (first, second) = (f32::from_bits((first as u32) << 16), f32::from_bits((second as u32) << 16));
+                    let (first, second) = unsafe { ((*rows[m].add(2 * step)).to_f32(), (*rows[m].add(2 * step + 1)).to_f32()) };
                     for j in 0..PANEL {
                         let sum = f32::from_bits(line[j] << 16).mul_add(first, kept[m][p][j]);
                         kept[m][p][j] = f32::from_bits(line[j] & 0xffff_0000).mul_add(second, sum);
