@@ -8,6 +8,7 @@ the new tokens' and the memory's addresses. No other file knows the layout.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rustbpe import CpuTransformer
 
 from nanochat.flash_attention import attend as causal_attend
 
@@ -101,7 +102,7 @@ class KVCache:
         reach = int((self.lengths - self.starts)[:n].max(initial=0))
 
         def moved(half):
-            parts = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.n_layer)]  # zeros: 0 times garbage could be NaN
+            parts = [self.empty(shape) for _ in range(config.n_layer)]
             for part, old in zip(parts, half):
                 part[:n, :, :reach] = old[:n, :, :reach]
             return parts
@@ -109,6 +110,9 @@ class KVCache:
         self.row_capacity, self.position_capacity = rows, positions
         self.lengths, self.starts = (np.concatenate([part, np.zeros(max(rows - len(part), 0), dtype=np.int64)]) for part in (self.lengths, self.starts))
         self.key_positions = torch.arange(positions, device=self.device)
+
+    def empty(self, shape):
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)  # zeros: 0 times garbage could be NaN
 
     def reserve(self, rows, positions):
         """Grow, by half or more at once, until (rows, positions) fit."""
@@ -193,6 +197,11 @@ class CpuKVCache(KVCache):
     def __init__(self, config, dtype, device):
         super().__init__(config, dtype, device)
         self.dtype = dtype  # the plain cache of a CPU is float32
+
+    def empty(self, shape):
+        part = torch.empty(shape, dtype=self.dtype)
+        CpuTransformer.advise_huge_pages(part.data_ptr(), part.numel() * part.element_size())
+        return part  # nobody reads what nobody has written
 
     def release(self):
         super().release()

@@ -26,7 +26,7 @@ mod python {
     use crate::encode::Encoder;
     use crate::forward::{Cache, Prompt, Tokens, Transformer, MAX_HEAD};
     use crate::isa::{is_fast, isa};
-    use crate::product::{Bf16, Number, Place};
+    use crate::product::{advise_huge_pages, Bf16, Number, Place};
     use crate::split::{family_pattern, Splitter, DEFAULT_DIGITS};
 
     const BATCH_BYTES: usize = 1 << 20;
@@ -314,6 +314,12 @@ mod python {
         #[staticmethod]
         fn is_fast() -> bool {
             is_fast()
+        }
+
+        /// Ask for large pages in memory that nobody has written to yet.
+        #[staticmethod]
+        fn advise_huge_pages(address: usize, bytes: usize) {
+            advise_huge_pages(address as *const u8, bytes)
         }
 
         /// The instruction set that is used: plain, avx2, avx512 or avx512bf16.
