@@ -162,12 +162,14 @@ rl_flags() {
 
 # run COMMAND...: with uploads every HF_SYNC_MINUTES beside it and one at the end, whatever the end is; then exit with the command's status
 run() {
-    local status=0 watcher=
+    local status=0 watcher= stopped=
+    running=
     if has_store && [ "$HF_SYNC_MINUTES" != 0 ]; then "${STORE[@]}" --watch-minutes="$HF_SYNC_MINUTES" & watcher=$!; fi
+    trap 'stopped=1; [ -z "$running" ] || kill -TERM -- "-$running" 2>/dev/null || true' TERM INT
     set -m  # a process group of its own, which TERM can be passed on to
     "$@" & running=$!
     set +m
-    trap 'kill -TERM -- "-$running" 2>/dev/null' TERM INT
+    if [ -n "$stopped" ]; then kill -TERM -- "-$running" 2>/dev/null || true; fi  # it came before there was somebody to pass it on to
     wait "$running" || status=$?
     while kill -0 "$running" 2>/dev/null; do status=0; wait "$running" || status=$?; done  # a signal ends `wait` before the command has ended
     trap - TERM INT
