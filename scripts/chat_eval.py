@@ -15,15 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanochat.checkpoint_manager import FOLDERS, load_model
 from nanochat.common import base_dir, print0, write_atomic
-from nanochat.compute import compute_cleanup, compute_init
 from nanochat.configurator import parse
-from nanochat.engine import Engine
 from nanochat.report import add_section
 from nanochat.statistics import Z, centred, percent, verdict
 from tasks.answers import Answers, compare_answers, find_answers
-from tasks.evaluation import Settings, evaluate
 from tasks.evaluation_sets import CHATCORE, RUNS_CODE, check_judgement, default_split, load_evaluation
 from tasks.metrics import GROUPS, summarize
 
@@ -59,6 +55,11 @@ class Config:
 def main(config):
     if config.compare:
         return show_comparison(compare_answers(*map(find_answers, config.compare)))
+    # here and not above: comparing answers needs no model, and torch takes two seconds to import
+    from nanochat.checkpoint_manager import FOLDERS, load_model
+    from nanochat.compute import compute_cleanup, compute_init
+    from nanochat.engine import Engine
+    from tasks.evaluation import Settings, evaluate
     compute = compute_init(config.device_type, config.dtype)
     settings = Settings(config.mode or "both", config.temperature, config.top_k or None, config.num_samples, config.max_new_tokens, config.seed,
                         controls=config.controls, control_problems=config.control_problems)
