@@ -48,14 +48,3 @@ def print0(*args, **kwargs):
     """`print`, on rank 0 alone, and at once: a run's log is watched while it grows."""
     if int(env("RANK", "0")) == 0:
         print(*args, **{"flush": True, **kwargs})
-
-
-IN_COMPUTE = ("Compute", "DTYPES", "compute_cleanup", "compute_init", "native_dtype")
-
-
-def __getattr__(name):
-    """compute.py's names may be asked for here too. Only then is it imported: torch takes two seconds, and data, tokenizer and report need none."""
-    if name not in IN_COMPUTE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nanochat import compute
-    return getattr(compute, name)

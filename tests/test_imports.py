@@ -95,13 +95,6 @@ frozen_gpt(sizes, scripts.chat_rl.compute_init("cpu", "float32").dtype, GPT(size
     assert loaded_after(code, ["torch._dynamo", "torch.distributed.fsdp", "sympy", "matplotlib", "pyarrow", "datasets", "transformers", "wandb"]) == []
 
 
-def test_common_still_answers_for_compute():
-    from nanochat import common, compute
-    assert all(getattr(common, name) is getattr(compute, name) for name in common.IN_COMPUTE)
-    with pytest.raises(AttributeError, match="nothing_such"):
-        common.nothing_such
-
-
 def test_no_machine_paths_and_no_secrets_are_tracked():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
