@@ -12,6 +12,7 @@ use crate::team::Team;
 
 const EPSILON: f32 = 1e-6;
 const LANES: usize = 16;
+const AHEAD: usize = 16; // keys or values between the one that is read and the one that is fetched
 const WORK: usize = 200_000; // multiply-adds that are worth another thread
 
 pub struct Layer<N: Number> {
@@ -56,6 +57,7 @@ pub struct Transformer<N: Number> {
     pub cos: Vec<f32>, // (positions, head_dim / 2)
     pub sin: Vec<f32>,
     pub team: Team,
+    pub isa: Isa,
     buffers: Buffers<N>,
 }
 
@@ -80,6 +82,7 @@ impl<N: Number> Transformer<N> {
             cos: Vec::new(),
             sin: Vec::new(),
             team: Team::default(),
+            isa: isa(),
             buffers: Buffers { input: Vec::new(), wide: Vec::new(), qkv: Vec::new(), scores: Vec::new() },
         }
     }
@@ -105,7 +108,7 @@ impl<N: Number> Transformer<N> {
         let (input, wide) = (Place(buffers.input.as_mut_ptr()), Place(buffers.wide.as_mut_ptr()));
         let (qkv, scores) = (Place(buffers.qkv.as_mut_ptr()), Place(buffers.scores.as_mut_ptr()));
         let tasks = attention_tasks(tokens, self.kv_heads);
-        let (isa, layers) = (isa(), &self.layers);
+        let (isa, layers) = (self.isa, &self.layers);
         let heads = Heads { count: self.heads, kv_count: self.kv_heads, size: self.head_dim, cos: &self.cos, sin: &self.sin };
 
         self.team.run(members, &|member, members, barrier| {
@@ -183,7 +186,7 @@ impl<N: Number> Transformer<N> {
             *input.at(i) = N::from_f32(*x.at(i));
         }
         let members = threads.min(1 + count * self.head.bytes() / size_of::<N>() / WORK).max(1);
-        let (isa, head) = (isa(), &self.head);
+        let (isa, head) = (self.isa, &self.head);
         self.team.run(members, &|member, members, _| product(isa, input, count, head, Output::Store(out), member, members));
     }
 }
@@ -429,6 +432,7 @@ unsafe fn score_fours<N: Number, const D: usize>(query: *const f32, keys: *const
     for (four, scores) in scores.chunks_mut(4).enumerate() {
         let mut lanes = [_mm256_setzero_ps(); 4];
         let places: [*const N; 4] = std::array::from_fn(|i| keys.wrapping_add(last.min(4 * four + i) * stride)); // the last again where there are fewer
+        fetch_ahead::<N, D>(keys.wrapping_add((4 * four + AHEAD) * stride), stride, 4);
         for d in (0..D).step_by(8) {
             let part = _mm256_loadu_ps(query.add(d));
             for i in 0..4 {
@@ -449,6 +453,23 @@ unsafe fn score_fours<N: Number, const D: usize>(query: *const f32, keys: *const
     let mut four = [0f32; 4];
     _mm_storeu_ps(four.as_mut_ptr(), peaks);
     four.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Tell the processor that `count` keys or values will be read soon: what it fetches by itself does not keep up. They need not exist.
+#[inline(always)]
+fn fetch_ahead<N, const D: usize>(start: *const N, stride: usize, count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for i in 0..count {
+        for byte in (0..D * size_of::<N>()).step_by(64) {
+            // SAFETY: a hint, which may point anywhere.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
+                    start.wrapping_add(i * stride).cast::<i8>().wrapping_add(byte),
+                )
+            };
+        }
+    }
+    let _ = (start, stride, count);
 }
 
 /// Adds weights[i] * value i to sums[(first + i) % 2]: even and odd positions apart, so that one addition does not wait for the other, and in
@@ -475,6 +496,7 @@ unsafe fn mix<N: Number, const D: usize>(
     let pairs = weights.chunks_exact(2);
     let last = pairs.remainder();
     for (i, pair) in pairs.enumerate() {
+        fetch_ahead::<N, D>(values.wrapping_add((2 * i + AHEAD) * stride), stride, 2);
         for half in 0..2 {
             add_scaled(&mut kept[half], pair[half], &*values.add((2 * i + half) * stride).cast::<[N; D]>());
         }
@@ -519,6 +541,7 @@ pub const MAX_HEAD: usize = 512; // numbers of a head
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::product::Bf16;
 
     #[test]
     fn the_exponential_is_exact_to_two_units_in_the_last_place() {
@@ -528,5 +551,62 @@ mod tests {
             assert!((exp(x) as f64 - exact).abs() <= 2.5e-7 * exact, "{x}: {} {exact}", exp(x));
         }
         assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+    }
+
+    /// Logits of 9 tokens in two rows, 6 of one and 3 of the other, fed at once and one by one.
+    fn logits_of<N: Number>(isa: Isa, heads: usize, kv_heads: usize, size: usize, at_once: bool) -> Vec<f32> {
+        let (width, vocab, room) = (heads * size, 50, 8);
+        let mut seed = 1u32;
+        let mut draw = |count: usize, scale: f32| -> Vec<f32> {
+            (0..count)
+                .map(|_| {
+                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    ((seed >> 8) as f32 / (1 << 24) as f32 - 0.5) * scale
+                })
+                .collect()
+        };
+        let mut model: Transformer<N> = Transformer::new(width, heads, kv_heads, 2);
+        model.isa = isa;
+        let mut fill = |matrix: &mut Matrix<N>, columns: usize, inputs: usize| {
+            let weights: Vec<N> = draw(columns * inputs, 0.6).into_iter().map(N::from_f32).collect();
+            unsafe { matrix.pack(&[(weights.as_ptr(), columns)], inputs) };
+        };
+        for layer in &mut model.layers {
+            fill(&mut layer.qkv, (heads + 2 * kv_heads) * size, width);
+            fill(&mut layer.attn_proj, width, width);
+            fill(&mut layer.fc, 4 * width, width);
+            fill(&mut layer.mlp_proj, width, 4 * width);
+        }
+        fill(&mut model.head, vocab, width);
+        let angles: Vec<f32> = (0..room).flat_map(|at| (0..size / 2).map(move |i| at as f32 / (i + 1) as f32)).collect();
+        (model.cos, model.sin) = angles.iter().map(|angle| (angle.cos(), angle.sin())).unzip();
+        let mut x = draw(9 * width, 2.0);
+        let mut memory = vec![N::default(); 4 * 2 * kv_heads * room * size];
+        let places: Vec<Place<N>> = memory.chunks_mut(2 * kv_heads * room * size).map(|part| Place(part.as_mut_ptr())).collect();
+        let cache = Cache { keys: &places[..2], values: &places[2..], strides: [kv_heads * room * size, room * size, size], prompts: &[] };
+        let (rows, positions) = ([0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 0, 1, 2]);
+        for part in if at_once { vec![0..9] } else { (0..9).map(|i| i..i + 1).collect() } {
+            let tokens = Tokens { rows: &rows[part.clone()], positions: &positions[part.clone()], prompts: &[] };
+            unsafe { model.hidden(Place(x[part.start * width..].as_mut_ptr()), tokens, cache, 2) };
+        }
+        let mut logits = vec![0f32; 9 * vocab];
+        unsafe { model.logits(Place(x.as_mut_ptr()), 9, Place(logits.as_mut_ptr()), 2) };
+        logits
+    }
+
+    #[test]
+    fn all_instruction_sets_agree_and_tokens_at_once_are_tokens_one_by_one() {
+        for (heads, kv_heads, size) in [(2, 1, 32), (2, 2, 64), (1, 1, 128), (4, 2, 6)] {
+            for lower in [Isa::Plain, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16].into_iter().filter(|&one| one <= isa()) {
+                let (best, found) =
+                    (logits_of::<f32>(isa(), heads, kv_heads, size, true), logits_of::<f32>(lower, heads, kv_heads, size, true));
+                assert!(best.iter().zip(&found).all(|(one, other)| (one - other).abs() < 1e-3), "{lower:?} {size}");
+                assert_eq!(found, logits_of::<f32>(lower, heads, kv_heads, size, false), "{lower:?} {size}");
+                let (best, found) =
+                    (logits_of::<Bf16>(isa(), heads, kv_heads, size, true), logits_of::<Bf16>(lower, heads, kv_heads, size, true));
+                assert!(best.iter().zip(&found).all(|(one, other)| (one - other).abs() < 0.5), "{lower:?} {size}");
+                assert_eq!(found, logits_of::<Bf16>(lower, heads, kv_heads, size, false), "{lower:?} {size}");
+            }
+        }
     }
 }
