@@ -2,7 +2,7 @@
 # From a fresh clone to a trained, RL-tuned, evaluated model. The only place where the order of the stages is written.
 #
 #   bash run_aquarat_small.sh               everything; stages that are done are skipped when it is run again
-#   PRESET=cpu bash run_aquarat_small.sh    the embedded default: no GPU, no network data, no account; a quarter of an hour on 2 cores
+#   PRESET=cpu bash run_aquarat_small.sh    the embedded default: no GPU, no network data, no account; 12 minutes on 2 cores
 #   FRESH=1 bash run_aquarat_small.sh       start over
 #   DEPTH=12 SHARDS=80 bash run_aquarat_small.sh       a larger model on GPUs
 #
