@@ -211,6 +211,7 @@ class CpuKVCache(KVCache):
     def add(self, prefill, sources, lengths):
         """New rows at the end: row i begins as the first lengths[i] positions of the prefill's row sources[i]."""
         first, is_one = self.n_rows, len(prefill.keys[0]) == 1
+        assert prefill.keys[0].dtype == self.dtype and prefill.keys[0].stride(1) == prefill.keys[0].size(3), "CpuTransformer reads one head's positions in a row"
         shared = {source: prefill if is_one else prefill.row(source) for source in set(sources) if is_one or sources.count(source) > 1}
         self.reserve(first + len(sources), max((length for source, length in zip(sources, lengths) if source not in shared), default=1))
         for row, (source, length) in enumerate(zip(sources, lengths), first):
@@ -224,10 +225,12 @@ class CpuKVCache(KVCache):
     @torch.inference_mode()
     def row(self, row):
         alone, start, length = Prefill(self.config, self.device), int(self.starts[row]), int(self.lengths[row])
-        prompt = self.prompts[row] or alone
-        alone.keys, alone.values = ([torch.cat((*([] if start == 0 else [shared[:, :start]]), part[row:row + 1, :, :length - start].transpose(1, 2)), dim=1)
-                                     for part, shared in zip(half, shares)] for half, shares in ((self.keys, prompt.keys), (self.values, prompt.values)))
-        return alone
+        alone.keys, alone.values = ([part[row:row + 1, :, :length - start].transpose(1, 2) for part in half] for half in (self.keys, self.values))
+        if start:
+            prompt = self.prompts[row]
+            alone.keys, alone.values = ([torch.cat((shared[:, :start], part), dim=1) for shared, part in zip(shares, half)]
+                                        for shares, half in ((prompt.keys, alone.keys), (prompt.values, alone.values)))
+        return alone.row(0)
 
     @torch.inference_mode()
     def remove(self, row):
@@ -242,10 +245,10 @@ class CpuKVCache(KVCache):
         fed = self.lengths[:B, None] + np.arange(T)
         self.reserve(B, int((fed[:, -1] - self.starts[:B]).max()) + 1)
         if self.numbered is None:
-            numbers = {id(prompt): number for number, prompt in enumerate(dict.fromkeys(prompt for prompt in self.prompts if prompt is not None))}
-            distinct = {id(prompt): (prompt, int(start)) for prompt, start in zip(self.prompts, self.starts) if prompt is not None}
-            self.numbered = ([(*addresses(distinct[number][0]), distinct[number][0].keys[0].stride(2), distinct[number][1]) for number in numbers],
-                             [-1 if prompt is None else numbers[id(prompt)] for prompt in self.prompts])
+            starts = {prompt: int(start) for prompt, start in zip(self.prompts, self.starts) if prompt is not None}
+            number_of = {prompt: number for number, prompt in enumerate(starts)}
+            self.numbered = ([(*addresses(prompt), prompt.keys[0].stride(2), start) for prompt, start in starts.items()],
+                             [number_of.get(prompt, -1) for prompt in self.prompts])
         D, positions = self.config.n_embd // self.config.n_head, self.position_capacity
         prompts, prompt_of = self.numbered
         prompt_of = np.repeat(prompt_of, T).tolist() if prompts else []

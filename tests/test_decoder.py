@@ -116,16 +116,20 @@ def test_a_shared_prompt_is_read_as_one_s_own_to_the_bit_and_takes_the_room_of_o
             own.remove(own.n_rows - 1)
         assert sharing.starts[first] == length and not own.starts.any()
     assert sharing.memory_bytes <= own.memory_bytes
-    for step in range(20):
-        fed = ids[0, torch.tensor([[7 + step]] * 3 + [[8 + step]] * 3)]
-        assert torch.equal(decoder.hidden(fed, sharing), decoder.hidden(fed, own)), step
-        if step == 5:
+    fed = [ids[0, :length].tolist() for length in sharing.lengths[:6]]
+    for step in range(30):
+        new = ids[0, torch.tensor([[(5 * row + step) % 41] for row in range(len(fed))])]
+        hidden = decoder.hidden(new, sharing)
+        assert torch.equal(hidden, decoder.hidden(new, own)), step
+        for row, (tokens, token) in enumerate(zip(fed, new[:, 0].tolist())):
+            tokens.append(token)
+            torch.testing.assert_close(capped_(decoder.raw_logits(hidden[row])), model(torch.tensor([tokens]))[0, -1:], atol=1e-5, rtol=0)
+        if step in (5, 11):  # rows leave, and what they held comes back as a prompt of its own, as a kept row does
             for cache in (sharing, own):
+                held = cache.row(1)
                 cache.remove(0)
-                cache.add(cache.row(1), [0], [int(cache.lengths[1])])  # as a kept row comes back
-                cache.remove(1)
-                cache.add(cache.row(0), [0], [int(cache.lengths[0])])
-            ids = ids.flip(1)
+                cache.add(held, [0], [int(held.keys[0].size(1))])
+            fed = [fed[5], *fed[1:5], list(fed[1])]
 
 
 def test_a_pass_beyond_the_memory_is_refused():
