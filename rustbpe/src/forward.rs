@@ -121,45 +121,14 @@ impl<N: Number> Transformer<N> {
                 product(isa, input, count, &layer.qkv, Output::Store(qkv), member, members);
                 barrier.wait();
                 let mine = Place(scores.at(member * scores_of_one));
+                let (begin, end) = share(tasks.len());
+                let look = |phase| attend(isa, heads, qkv, tokens, cache, number, mine, input, &tasks[begin..end], phase);
                 if is_new_row {
-                    attend(
-                        isa,
-                        heads,
-                        qkv,
-                        tokens,
-                        cache,
-                        number,
-                        mine,
-                        input,
-                        &tasks[share(tasks.len()).0..share(tasks.len()).1],
-                        Phase::Both,
-                    );
+                    look(Phase::Both);
                 } else {
-                    attend(
-                        isa,
-                        heads,
-                        qkv,
-                        tokens,
-                        cache,
-                        number,
-                        mine,
-                        input,
-                        &tasks[share(tasks.len()).0..share(tasks.len()).1],
-                        Phase::Write,
-                    );
+                    look(Phase::Write);
                     barrier.wait();
-                    attend(
-                        isa,
-                        heads,
-                        qkv,
-                        tokens,
-                        cache,
-                        number,
-                        mine,
-                        input,
-                        &tasks[share(tasks.len()).0..share(tasks.len()).1],
-                        Phase::Read,
-                    );
+                    look(Phase::Read);
                 }
                 barrier.wait();
                 product(isa, input, count, &layer.attn_proj, Output::Add(x), member, members);
