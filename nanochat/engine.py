@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.decoder import capped_, make_decoder
+from nanochat.decoder import make_decoder
 from nanochat.execution import calculate
-from nanochat.gpt import GPT, frozen_gpt
-from nanochat.kv_cache import KVCache, Prefill
-from nanochat.sampling import Sampler, largest, stream_key, uniforms
+from nanochat.gpt import frozen_gpt
+from nanochat.kv_cache import Prefill
+from nanochat.sampling import stream_key, uniforms
 
 PREFILL_TOKENS = 8192  # padded prompt tokens in one pass: bounds the memory of admission
 
@@ -86,10 +86,9 @@ class Engine:
             raise ValueError(f"max_rows={max_rows} leaves no room for a row: use 1 or more")
         self.training_model, self.tokenizer, self.max_rows, self.tools = model, tokenizer, max_rows, tools
         self.model = cast_copy(model)
-        # What computes a step: hidden and raw_logits. The soft-cap is left to the sampler.
-        self.decoder = make_decoder(self.model) if isinstance(model, GPT) else None
+        self.decoder = make_decoder(self.model)
         self.kept = deque(maxlen=keep_rows)  # (tokens, Prefill) of finished rows
-        self.kv_cache = KVCache(model.config, model.compute_dtype, model.device) if self.decoder is None else self.decoder.new_cache()
+        self.kv_cache = self.decoder.new_cache()
         self.markers = {name: tokenizer.encode_special(f"<|{name}|>") for name in
                         ("assistant_end", "python_start", "python_end", "output_start", "output_end")}
         self.stops = frozenset((self.markers["assistant_end"], tokenizer.bos_id))
@@ -111,16 +110,7 @@ class Engine:
         if self.model is not self.training_model:
             for mine, theirs in zip(self.model.parameters(), self.training_model.parameters()):
                 mine.copy_(theirs)
-        if self.decoder is not None:
-            self.decoder.refresh()
-
-    def hidden(self, inputs, kv_cache):
-        return (self.decoder or self.model).hidden(inputs, kv_cache)
-
-    def logits(self, hidden):
-        """(n, C) -> what RowSampler takes, (n, V): no rows that only pad the vocabulary, which are no token's."""
-        logits = self.model.logits(hidden) if self.decoder is None else self.decoder.raw_logits(hidden)
-        return logits[:, :self.tokenizer.vocab_size]
+        self.decoder.refresh()
 
     # ------------------------------------------------------------ whole completions
 
@@ -146,6 +136,7 @@ class Engine:
         finally:  # an interrupted call leaves nothing behind
             for id in places:
                 self.cancel(id)
+            self.waiting = deque(group for group in self.waiting if group.waiting)
         return results
 
     def stream(self, tokens, **settings):
@@ -184,9 +175,7 @@ class Engine:
         """Let waiting rows in, then one more token for every row -> the Events of this step."""
         events = self.admit()
         if self.rows:
-            inputs = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
-            hidden = self.hidden(inputs, self.kv_cache)
-            events += self.extend(self.rows, self.sampler, self.logits(hidden[:, 0]))
+            events += self.extend(self.rows, self.sampler, self.decoder.next_raw_logits([row.tokens[-1] for row in self.rows], self.kv_cache))
         return events
 
     @torch.inference_mode()
@@ -250,15 +239,11 @@ class Engine:
         return events
 
     def prefill(self, prompts):
-        """Prompts -> (Prefill, logits (P, V) after each prompt's last token)."""
+        """Prompts -> (Prefill, raw logits (P, V) after each prompt's last token)."""
         past, reused = self.longest_kept(prompts[0]) if len(prompts) == 1 else (None, 0)
-        T = max(map(len, prompts)) - reused
-        inputs = torch.tensor([prompt[reused:] + [0] * (T + reused - len(prompt)) for prompt in prompts], device=self.model.device)
-        lengths = [len(prompt) - reused for prompt in prompts]
-        prefill = Prefill(self.model.config, self.model.device, past, reused, lengths)
-        hidden = self.hidden(inputs, prefill)
-        ends = torch.tensor(lengths, device=self.model.device) - 1
-        return prefill, self.logits(hidden[torch.arange(len(prompts), device=self.model.device), ends])
+        news = [prompt[reused:] for prompt in prompts]
+        prefill = Prefill(self.model.config, self.model.device, past, reused, [len(new) for new in news])
+        return prefill, self.decoder.prompts_raw_logits(news, prefill)
 
     def longest_kept(self, prompt):
         """-> (Prefill, n): the kept row that shares the most first tokens with the prompt, n of them; the last is always computed anew."""
@@ -286,12 +271,12 @@ class Engine:
         return self.extend(rows, None, logits, first=len(self.rows) - len(rows))
 
     def extend(self, rows, sampler, logits, first=0):
-        """Append to each row the token its tool forces, else one drawn from its logits; `rows` stand at place `first` -> Events."""
+        """Append to each row the token its tool forces, else one drawn from its raw logits; `rows` stand at place `first` -> Events."""
         if sampler is None:
-            sampler = RowSampler(rows, logits.device, capped_ if self.decoder is not None else None)
+            sampler = RowSampler(rows, self.decoder)
             if not first:
                 self.sampler = sampler
-        drawn, logprobs = sampler.draw(logits, rows)
+        drawn, logprobs = sampler.draw(logits[:, :self.tokenizer.vocab_size], rows)  # rows that only pad the vocabulary are no token's
         events, finished = [], []
         for place, (row, token, logprob) in enumerate(zip(rows, drawn, logprobs), first):
             is_forced = bool(row.forced)
@@ -349,22 +334,17 @@ class Engine:
 class RowSampler:
     """Settings and random streams of fixed rows, prepared once for as long as no row comes or goes."""
 
-    def __init__(self, rows, device, cap=None):
-        self.sampler = Sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows], device, *((cap,) if cap else ()))
-        self.keys = np.array([row.key for row in rows], dtype=np.uint64)
-        self.device = device
+    def __init__(self, rows, decoder):
+        self.sampler = decoder.sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows])
+        self.keys, self.zeros = np.array([row.key for row in rows], dtype=np.uint64), np.zeros(len(rows))
 
     def draw(self, logits, rows):
-        """logits (n, V), which may be overwritten -> lists of n tokens and n log-probabilities. One wait for the device."""
-        if self.sampler.is_greedy:
-            return largest(logits).tolist(), [0.0] * len(rows)
-        draws = np.array([len(row.tokens) for row in rows])
-        uniform = torch.from_numpy(uniforms(self.keys, draws)).to(self.device)
+        """logits (n, V), which may be overwritten -> lists of n tokens and n log-probabilities."""
+        uniform = self.zeros if self.sampler.is_greedy else uniforms(self.keys, np.array([len(row.tokens) for row in rows]))
         tokens, logprobs = self.sampler(logits, uniform)
-        tokens, logprobs = torch.stack((tokens.double(), logprobs)).tolist()
         if math.isnan(sum(logprobs)):
             raise FloatingPointError("the model's logits are not finite: its weights are damaged; take an earlier checkpoint (--step), or train on from one at a lower rate")
-        return list(map(int, tokens)), logprobs
+        return tokens, logprobs
 
 
 def similar_lengths(batch):

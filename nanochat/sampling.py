@@ -93,6 +93,20 @@ class Sampler:
         return tokens, logprobs
 
 
+class TorchSampler(Sampler):
+    """The same from (n, V) logits that may be overwritten and an array of n random numbers to lists: one wait for the device."""
+
+    def __init__(self, settings, device, cap=None):
+        super().__init__(settings, device, *((cap,) if cap else ()))
+        self.device = device
+
+    def __call__(self, logits, uniform):
+        if self.is_greedy:
+            return largest(logits).tolist(), [0.0] * self.n
+        tokens, logprobs = torch.stack([part.double() for part in super().__call__(logits, torch.from_numpy(uniform).to(self.device))]).tolist()
+        return list(map(int, tokens)), logprobs
+
+
 class Part:
     """Rows of one kind: greedy; full (the whole vocabulary); top_k (and top_p of those); nucleus (top_p alone, arXiv 1904.09751)."""
 

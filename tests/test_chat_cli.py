@@ -135,8 +135,8 @@ def test_tool_calls_become_parts_of_the_message():
 def test_a_conversation_computes_only_what_is_new_in_a_turn_and_says_what_a_fresh_engine_says():
     def talk_over(keep_rows):
         engine, fed = Engine(make_model(sequence_len=256), ChatTokenizer(), max_rows=1, keep_rows=keep_rows), []
-        hidden = engine.decoder.hidden
-        engine.decoder.hidden = lambda inputs, cache: fed.append(inputs.size(1)) or hidden(inputs, cache)
+        read = engine.decoder.prompts_raw_logits
+        engine.decoder.prompts_raw_logits = lambda prompts, prefill: fed.append(len(prompts[0])) or read(prompts, prefill)
         chat = Chat(engine, Config(temperature=0.0, max_new_tokens=12), lambda *_, **__: None)
         for question in ("a first question", "another", "and a third"):
             chat.ask(question)

@@ -7,11 +7,12 @@
 #![allow(clippy::needless_range_loop, clippy::too_many_arguments)] // loops over indices are what becomes vector code
 
 use crate::isa::{isa, per_isa, Isa};
+use crate::math::{dot, exp, sum, LANES};
 use crate::product::{product, Matrix, Number, Output, Place};
+use crate::sample::{draw_rows, Draw, Drawn};
 use crate::team::Team;
 
 const EPSILON: f32 = 1e-6;
-const LANES: usize = 16;
 const AHEAD: usize = 16; // keys or values between the one that is read and the one that is fetched
 const WORK: usize = 200_000; // multiply-adds that are worth another thread
 
@@ -39,9 +40,10 @@ pub struct Prompt<N> {
     pub length: usize,
 }
 
-/// The new tokens: each continues `rows[i]` of the cache at `positions[i]`, and looks at all of that row up to itself.
+/// The new tokens `ids`: each continues `rows[i]` of the cache at `positions[i]`, and looks at all of that row up to itself.
 #[derive(Clone, Copy)]
 pub struct Tokens<'a> {
+    pub ids: &'a [i64],
     pub rows: &'a [i64],
     pub positions: &'a [i64],
     pub prompts: &'a [i64], // which of the cache's prompts the row begins with; -1 = none. Empty = none of them does
@@ -52,6 +54,7 @@ pub struct Transformer<N: Number> {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    pub embedding: Vec<N>, // (vocabulary, width)
     pub layers: Vec<Layer<N>>,
     pub head: Matrix<N>,
     pub cos: Vec<f32>, // (positions, head_dim / 2)
@@ -77,6 +80,7 @@ impl<N: Number> Transformer<N> {
             heads,
             kv_heads,
             head_dim: width / heads,
+            embedding: Vec::new(),
             layers: (0..layers).map(|_| empty()).collect(),
             head: Matrix::default(),
             cos: Vec::new(),
@@ -87,10 +91,10 @@ impl<N: Number> Transformer<N> {
         }
     }
 
-    /// x (tokens, width): embeddings -> what is after the last norm. Writes the tokens' keys and values into the cache.
+    /// -> x (tokens, width), what is after the last norm. Writes the tokens' keys and values into the cache.
     ///
     /// # Safety
-    /// x and the cache are as large as the tokens' rows and positions say, and nobody else touches them.
+    /// x and the cache are as large as the tokens' rows and positions say, the ids are of the vocabulary, and nobody else touches them.
     pub unsafe fn hidden(&mut self, x: Place<f32>, tokens: Tokens, cache: Cache<N>, threads: usize) {
         let (count, width) = (tokens.rows.len(), self.width);
         let qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim;
@@ -103,18 +107,23 @@ impl<N: Number> Transformer<N> {
         grow(&mut buffers.input, count * width, N::default());
         grow(&mut buffers.wide, count * 4 * width, N::default());
         grow(&mut buffers.qkv, count * qkv_width, 0.0);
-        let scores_of_one = reach.next_multiple_of(LANES); // members do not share cache lines
+        let scores_of_one = reach.next_multiple_of(LANES) + 2 * LANES; // members do not share cache lines
         grow(&mut buffers.scores, members * scores_of_one, 0.0);
         let (input, wide) = (Place(buffers.input.as_mut_ptr()), Place(buffers.wide.as_mut_ptr()));
         let (qkv, scores) = (Place(buffers.qkv.as_mut_ptr()), Place(buffers.scores.as_mut_ptr()));
         let tasks = attention_tasks(tokens, self.kv_heads);
-        let (isa, layers) = (self.isa, &self.layers);
+        let (isa, layers, embedding) = (self.isa, &self.layers, &self.embedding);
         let heads = Heads { count: self.heads, kv_count: self.kv_heads, size: self.head_dim, cos: &self.cos, sin: &self.sin };
 
         self.team.run(members, &|member, members, barrier| {
             let share = |all: usize| (all * member / members, all * (member + 1) / members);
             let (first, last) = share(count);
-            norm_rows(isa, x, x, width, first, last); // of the embedding, which is the residual stream from here on
+            for token in first..last {
+                for (i, value) in embedding[tokens.ids[token] as usize * width..][..width].iter().enumerate() {
+                    *x.at(token * width + i) = value.to_f32();
+                }
+            }
+            norm_rows(isa, x, x, width, first, last); // the residual stream from here on
             for (number, layer) in layers.iter().enumerate() {
                 norm_rows(isa, x, input, width, first, last);
                 barrier.wait();
@@ -157,6 +166,20 @@ impl<N: Number> Transformer<N> {
         let members = threads.min(1 + count * self.head.bytes() / size_of::<N>() / WORK).max(1);
         let (isa, head) = (self.isa, &self.head);
         self.team.run(members, &|member, members, _| product(isa, input, count, head, Output::Store(out), member, members));
+    }
+
+    /// Rows of logits, `stride` numbers each of which `vocab` count and are overwritten -> drawn[i], as draws[i] says. `cap`: of the soft-cap.
+    ///
+    /// # Safety
+    /// The logits are as large as that, and nobody else touches them.
+    pub unsafe fn draw(&mut self, logits: Place<f32>, stride: usize, vocab: usize, cap: f32, draws: &[Draw], threads: usize) -> Vec<Drawn> {
+        let mut drawn = vec![(0, 0.0); draws.len()];
+        let (isa, count, places) = (self.isa, draws.len(), Place(drawn.as_mut_ptr()));
+        let members = threads.min(1 + count * vocab / (WORK / 4)).max(1);
+        self.team.run(members, &|member, members, _| {
+            draw_rows(isa, logits, stride, vocab, cap, draws, places, count * member / members, count * (member + 1) / members)
+        });
+        drawn
     }
 }
 
@@ -216,54 +239,6 @@ per_isa! {
 #[inline(always)]
 fn sum_of_squares(values: &[f32]) -> f32 {
     dot(values, values)
-}
-
-/// LANES sums side by side, then one.
-#[inline(always)]
-fn dot<N: Number>(one: &[f32], other: &[N]) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let (chunks, others) = (one.chunks_exact(LANES), other.chunks_exact(LANES));
-    let (rest, other_rest) = (chunks.remainder(), others.remainder());
-    for (a, b) in chunks.zip(others) {
-        for i in 0..LANES {
-            lanes[i] = a[i].mul_add(b[i].to_f32(), lanes[i]);
-        }
-    }
-    for (i, (a, b)) in rest.iter().zip(other_rest).enumerate() {
-        lanes[i] = a.mul_add(b.to_f32(), lanes[i]);
-    }
-    sum_of(lanes)
-}
-
-#[inline(always)]
-fn sum_of(mut lanes: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
-/// e^x for x <= 0, to 2 units in the last place; 0 below -87. Plain arithmetic, so that a loop of it becomes vector code.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to whole numbers
-    let whole = x.max(-87.0).mul_add(std::f32::consts::LOG2_E, ROUND);
-    let n = whole - ROUND;
-    let r = (-n).mul_add(1.428_606_8e-6, (-n).mul_add(0.693_145_75, x.max(-87.0))); // x - n ln 2, ln 2 in two parts
-    let mut y = 1.0 / 5040.0;
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        y = f32::mul_add(y, r, c);
-    }
-    let y = y * f32::from_bits((whole.to_bits() << 23).wrapping_add(127 << 23));
-    if x < -87.0 {
-        0.0
-    } else {
-        y
-    }
 }
 
 /// x turned by its position's angle, then normed: (x1 cos + x2 sin, x2 cos - x1 sin).
@@ -365,8 +340,8 @@ fn attend_sized<N: Number, const D: usize>(
                 sums[0][..size].fill(0.0);
                 sums[1][..size].fill(0.0);
                 let (of_prompt, of_row) = scores.split_at(shared);
-                mix::<N, D>(of_prompt, prompt_values, size, 0, &mut sums, size);
-                mix::<N, D>(of_row, values, stride, shared % 2, &mut sums, size);
+                mix::<N, D>(isa, of_prompt, prompt_values, size, 0, &mut sums, size);
+                mix::<N, D>(isa, of_row, values, stride, shared % 2, &mut sums, size);
                 for d in 0..size {
                     *to.at((token * heads.count + head) * size + d) = N::from_f32((sums[0][d] + sums[1][d]) * factor);
                 }
@@ -380,7 +355,7 @@ fn attend_sized<N: Number, const D: usize>(
 unsafe fn score<N: Number, const D: usize>(isa: Isa, query: &[f32], keys: *const N, stride: usize, scores: &mut [f32]) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if D != 0 && isa >= Isa::Avx2 {
-        return score_fours::<N, D>(query.as_ptr(), keys, stride, scores);
+        return score_fours::<N, D>(isa, query.as_ptr(), keys, stride, scores);
     }
     let _ = isa;
     let mut peak = f32::NEG_INFINITY;
@@ -394,14 +369,14 @@ unsafe fn score<N: Number, const D: usize>(isa: Isa, query: &[f32], keys: *const
 /// The same for four keys at once: their 32 lanes become four sums together, where the compiler would make each alone.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn score_fours<N: Number, const D: usize>(query: *const f32, keys: *const N, stride: usize, scores: &mut [f32]) -> f32 {
+unsafe fn score_fours<N: Number, const D: usize>(isa: Isa, query: *const f32, keys: *const N, stride: usize, scores: &mut [f32]) -> f32 {
     use std::arch::x86_64::*;
     let Some(last) = scores.len().checked_sub(1) else { return f32::NEG_INFINITY };
     let mut peaks = _mm_set1_ps(f32::NEG_INFINITY);
     for (four, scores) in scores.chunks_mut(4).enumerate() {
         let mut lanes = [_mm256_setzero_ps(); 4];
         let places: [*const N; 4] = std::array::from_fn(|i| keys.wrapping_add(last.min(4 * four + i) * stride)); // the last again where there are fewer
-        fetch_ahead::<N, D>(keys.wrapping_add((4 * four + AHEAD) * stride), stride, 4);
+        fetch_ahead::<N, D>(isa, keys.wrapping_add((4 * four + AHEAD) * stride), stride, 4);
         for d in (0..D).step_by(8) {
             let part = _mm256_loadu_ps(query.add(d));
             for i in 0..4 {
@@ -424,11 +399,12 @@ unsafe fn score_fours<N: Number, const D: usize>(query: *const f32, keys: *const
     four.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Tell the processor that `count` keys or values will be read soon: what it fetches by itself does not keep up. They need not exist.
+/// Tell the processor that `count` keys or values will be read soon. They need not exist. Zen 5 by itself does not keep up; on Zen 3 (AVX2) what it fetches
+/// by itself is faster.
 #[inline(always)]
-fn fetch_ahead<N, const D: usize>(start: *const N, stride: usize, count: usize) {
+fn fetch_ahead<N, const D: usize>(isa: Isa, start: *const N, stride: usize, count: usize) {
     #[cfg(target_arch = "x86_64")]
-    for i in 0..count {
+    for i in 0..if isa >= Isa::Avx512 { count } else { 0 } {
         for byte in (0..D * size_of::<N>()).step_by(64) {
             // SAFETY: a hint, which may point anywhere.
             unsafe {
@@ -438,13 +414,14 @@ fn fetch_ahead<N, const D: usize>(start: *const N, stride: usize, count: usize) 
             };
         }
     }
-    let _ = (start, stride, count);
+    let _ = (isa, start, stride, count);
 }
 
 /// Adds weights[i] * value i to sums[(first + i) % 2]: even and odd positions apart, so that one addition does not wait for the other, and in
 /// the same order wherever a row is cut into its prompt and its own.
 #[inline(always)]
 unsafe fn mix<N: Number, const D: usize>(
+    isa: Isa,
     weights: &[f32],
     values: *const N,
     stride: usize,
@@ -465,7 +442,7 @@ unsafe fn mix<N: Number, const D: usize>(
     let pairs = weights.chunks_exact(2);
     let last = pairs.remainder();
     for (i, pair) in pairs.enumerate() {
-        fetch_ahead::<N, D>(values.wrapping_add((2 * i + AHEAD) * stride), stride, 2);
+        fetch_ahead::<N, D>(isa, values.wrapping_add((2 * i + AHEAD) * stride), stride, 2);
         for half in 0..2 {
             add_scaled(&mut kept[half], pair[half], &*values.add((2 * i + half) * stride).cast::<[N; D]>());
         }
@@ -489,38 +466,12 @@ fn add_scaled<N: Number, const D: usize>(sums: &mut [f32; D], weight: f32, value
     }
 }
 
-#[inline(always)]
-fn sum(values: &[f32]) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let chunks = values.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] += chunk[i];
-        }
-    }
-    for (i, value) in rest.iter().enumerate() {
-        lanes[i] += value;
-    }
-    sum_of(lanes)
-}
-
 pub const MAX_HEAD: usize = 512; // numbers of a head
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::product::Bf16;
-
-    #[test]
-    fn the_exponential_is_exact_to_two_units_in_the_last_place() {
-        for i in 0..=870_000 {
-            let x = -(i as f32) * 1e-4;
-            let exact = (x as f64).exp();
-            assert!((exp(x) as f64 - exact).abs() <= 2.5e-7 * exact, "{x}: {} {exact}", exp(x));
-        }
-        assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
-    }
 
     /// Logits of 9 tokens in two rows, 6 of one and 3 of the other, fed at once and one by one.
     fn logits_of<N: Number>(isa: Isa, heads: usize, kv_heads: usize, size: usize, at_once: bool) -> Vec<f32> {
@@ -549,13 +500,14 @@ mod tests {
         fill(&mut model.head, vocab, width);
         let angles: Vec<f32> = (0..room).flat_map(|at| (0..size / 2).map(move |i| at as f32 / (i + 1) as f32)).collect();
         (model.cos, model.sin) = angles.iter().map(|angle| (angle.cos(), angle.sin())).unzip();
-        let mut x = draw(9 * width, 2.0);
+        model.embedding = draw(vocab * width, 2.0).into_iter().map(N::from_f32).collect();
+        let mut x = vec![0f32; 9 * width];
         let mut memory = vec![N::default(); 4 * 2 * kv_heads * room * size];
         let places: Vec<Place<N>> = memory.chunks_mut(2 * kv_heads * room * size).map(|part| Place(part.as_mut_ptr())).collect();
         let cache = Cache { keys: &places[..2], values: &places[2..], strides: [kv_heads * room * size, room * size, size], prompts: &[] };
-        let (rows, positions) = ([0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 0, 1, 2]);
+        let (ids, rows, positions) = ([3, 1, 4, 1, 5, 9, 2, 6, 49], [0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 0, 1, 2]);
         for part in if at_once { vec![0..9] } else { (0..9).map(|i| i..i + 1).collect() } {
-            let tokens = Tokens { rows: &rows[part.clone()], positions: &positions[part.clone()], prompts: &[] };
+            let tokens = Tokens { ids: &ids[part.clone()], rows: &rows[part.clone()], positions: &positions[part.clone()], prompts: &[] };
             unsafe { model.hidden(Place(x[part.start * width..].as_mut_ptr()), tokens, cache, 2) };
         }
         let mut logits = vec![0f32; 9 * vocab];

@@ -5,7 +5,9 @@ pub mod count;
 pub mod encode;
 pub mod forward;
 pub mod isa;
+pub mod math;
 pub mod product;
+pub mod sample;
 pub mod split;
 pub mod table;
 pub mod team;
@@ -27,6 +29,7 @@ mod python {
     use crate::forward::{Cache, Prompt, Tokens, Transformer, MAX_HEAD};
     use crate::isa::{is_fast, isa};
     use crate::product::{advise_huge_pages, Bf16, Number, Place};
+    use crate::sample::Draw;
     use crate::split::{family_pattern, Splitter, DEFAULT_DIGITS};
 
     const BATCH_BYTES: usize = 1 << 20;
@@ -241,7 +244,7 @@ mod python {
 
     impl<N: Number> Transformer<N> {
         /// Addresses of q, k, v, attention's projection and the MLP's two for each layer, and of the head.
-        unsafe fn take(&mut self, layers: &[[usize; 6]], head: usize, vocab_size: usize, rotary: (usize, usize, usize)) {
+        unsafe fn take(&mut self, embedding: usize, layers: &[[usize; 6]], head: usize, vocab_size: usize, rotary: (usize, usize, usize)) {
             let (width, kv_width) = (self.width, self.kv_heads * self.head_dim);
             for (mine, &[q, k, v, attn_proj, fc, mlp_proj]) in self.layers.iter_mut().zip(layers) {
                 mine.qkv.pack(&[(q as *const N, width), (k as *const N, kv_width), (v as *const N, kv_width)], width);
@@ -249,6 +252,7 @@ mod python {
                 mine.fc.pack(&[(fc as *const N, 4 * width)], width);
                 mine.mlp_proj.pack(&[(mlp_proj as *const N, width)], 4 * width);
             }
+            self.embedding = std::slice::from_raw_parts(embedding as *const N, vocab_size * width).to_vec();
             self.head.pack(&[(head as *const N, vocab_size)], width);
             let (cos, sin, count) = rotary;
             self.cos = std::slice::from_raw_parts(cos as *const f32, count).to_vec();
@@ -328,13 +332,21 @@ mod python {
             format!("{:?}", isa()).to_lowercase()
         }
 
-        /// Pack weights anew. `layers`: addresses of (q, k, v, attention's projection, fc, the MLP's projection); rotary: (cos, sin, numbers in each).
-        fn take(&mut self, py: Python<'_>, layers: Vec<[usize; 6]>, head: usize, vocab_size: usize, rotary: (usize, usize, usize)) {
+        /// Pack weights anew, given by their addresses. `layers`: those of (q, k, v, attention's projection, fc, the MLP's projection); rotary: (cos, sin, numbers in each).
+        fn take(
+            &mut self,
+            py: Python<'_>,
+            embedding: usize,
+            layers: Vec<[usize; 6]>,
+            head: usize,
+            vocab_size: usize,
+            rotary: (usize, usize, usize),
+        ) {
             // SAFETY: the caller's tensors are of the sizes given to `new`, and live until this returns.
-            py.detach(|| of_either!(&mut self.0, model => unsafe { model.take(&layers, head, vocab_size, rotary) }))
+            py.detach(|| of_either!(&mut self.0, model => unsafe { model.take(embedding, &layers, head, vocab_size, rotary) }))
         }
 
-        /// Embeddings x (tokens, width) float32 become what is after the last norm. Token i continues row rows[i] (int64) of the cache at positions[i].
+        /// Token ids[i] -> x (tokens, width) float32, what is after the last norm. Token i continues row rows[i] (int64) of the cache at positions[i].
         /// keys, values: addresses by layer; strides of (row, head, position) in numbers; room: for (rows, positions of each). prompts: what rows share as
         /// their first positions, (keys, values, stride of heads, length); prompt_of: which of them a token's row begins with, -1 = none.
         #[allow(clippy::too_many_arguments)]
@@ -342,6 +354,7 @@ mod python {
             &mut self,
             py: Python<'_>,
             x: usize,
+            ids: Vec<i64>,
             rows: Vec<i64>,
             positions: Vec<i64>,
             keys: Vec<usize>,
@@ -353,7 +366,7 @@ mod python {
             threads: usize,
         ) -> PyResult<()> {
             let (num_rows, capacity) = room;
-            let (layers, angles) = of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim));
+            let (layers, angles, vocab) = of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim, model.head.columns));
             let of_layers = |addresses: &Vec<usize>| addresses.len() == layers;
             let fits = |(i, (&row, &position)): (usize, (&i64, &i64))| {
                 let shared = match prompt_of.get(i) {
@@ -365,7 +378,11 @@ mod python {
                     && shared <= position as usize
                     && position as usize - shared < capacity
             };
+            if let Some(id) = ids.iter().find(|id| !(0..vocab as i64).contains(id)) {
+                return Err(value_error(format!("token {id} is outside the vocabulary of {vocab}: encode with the model's own tokenizer")));
+            }
             let whole = rows.len() == positions.len()
+                && ids.len() == rows.len()
                 && (prompt_of.is_empty() || prompt_of.len() == rows.len())
                 && of_layers(&keys)
                 && of_layers(&values)
@@ -376,7 +393,7 @@ mod python {
                     rows.len(), positions.iter().max().unwrap_or(&0), prompts.len()
                 )));
             }
-            let tokens = Tokens { rows: &rows, positions: &positions, prompts: &prompt_of };
+            let tokens = Tokens { ids: &ids, rows: &rows, positions: &positions, prompts: &prompt_of };
             // SAFETY: rows and positions lie inside the caches, and x has a row for each token.
             py.detach(
                 || of_either!(&mut self.0, model => unsafe { model.continued(x, tokens, (&keys, &values), strides, &prompts, threads) }),
@@ -390,6 +407,34 @@ mod python {
             py.detach(
                 || of_either!(&mut self.0, model => unsafe { model.logits(Place(x as *mut f32), count, Place(out as *mut f32), threads) }),
             )
+        }
+
+        /// Logits (rows, vocab) float32 at `stride`, which are overwritten -> tokens and log-probabilities. draws: (temperature, top_k, top_p) of each row;
+        /// temperature 0 = the likeliest, top_k 0 = all, top_p 1 = all. cap: of the soft-cap, which is applied here.
+        #[allow(clippy::too_many_arguments)]
+        fn draw(
+            &mut self,
+            py: Python<'_>,
+            logits: usize,
+            stride: usize,
+            vocab: usize,
+            cap: f32,
+            draws: Vec<(f32, usize, f32)>,
+            uniforms: Vec<f64>,
+            threads: usize,
+        ) -> PyResult<(Vec<usize>, Vec<f64>)> {
+            if draws.len() != uniforms.len() || vocab == 0 || vocab > stride {
+                return Err(value_error(format!("{} rows, {} random numbers, {vocab} of {stride} logits", draws.len(), uniforms.len())));
+            }
+            let draws: Vec<Draw> = (draws.into_iter().zip(uniforms))
+                .map(|((temperature, top_k, top_p), uniform)| Draw { temperature, top_k, top_p, uniform })
+                .collect();
+            // SAFETY: the caller's logits are as large as that.
+            Ok(py.detach(|| {
+                of_either!(&mut self.0, model => unsafe { model.draw(Place(logits as *mut f32), stride, vocab, cap, &draws, threads) })
+                    .into_iter()
+                    .unzip()
+            }))
         }
     }
 

@@ -11,10 +11,40 @@ use crate::isa::{per_isa, Isa};
 pub const PANEL: usize = 32; // columns of a panel: two AVX-512 registers of float32
 const TILE: usize = 12; // rows at once: 24 accumulators of 32 registers
 
+/// Where the next panel is, or a tile's share of it: the first rows to read a panel wait for memory and those after them for sums, so each tile
+/// fetches `bytes` a step meanwhile.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    start: *const u8,
+    bytes: usize,
+}
+
+impl Ahead {
+    /// The share of tile `number` of `tiles`. The place need not exist.
+    fn share(panel: *const u8, bytes: usize, steps: usize, number: usize, tiles: usize) -> Ahead {
+        Ahead { start: panel.wrapping_add(number * steps * bytes / tiles), bytes: bytes / tiles }
+    }
+
+    fn halves(self, steps: usize) -> [Ahead; 2] {
+        [0, 1].map(|half| Ahead { start: self.start.wrapping_add(half * steps * self.bytes / 2), bytes: self.bytes / 2 })
+    }
+
+    /// Few rows never wait for sums, and the processor sees by itself what they read.
+    #[inline(always)]
+    fn fetch<const M: usize>(self, step: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if M > 3 {
+            // SAFETY: a hint, which may point anywhere.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(self.start.wrapping_add(step * self.bytes).cast()) };
+        }
+    }
+}
+
 /// What the weights, and the activations they are multiplied with, are stored as.
 pub trait Number: Copy + Default + Send + Sync + 'static {
     type Packed: Copy + Default + Send + Sync; // PANEL columns of STEP inputs are [Packed; PANEL]
     const STEP: usize; // inputs in a packed number
+    const AVX2_TILE: usize; // rows at once where there are 16 registers, half a panel each
 
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
@@ -27,6 +57,20 @@ pub trait Number: Copy + Default + Send + Sync + 'static {
     #[cfg(target_arch = "x86_64")]
     unsafe fn eight(place: *const Self) -> std::arch::x86_64::__m256;
 
+    /// Of eight packed numbers those of input `part` < STEP as float32.
+    ///
+    /// # Safety
+    /// The processor has AVX2, and eight packed numbers are there.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn unpacked(place: *const Self::Packed, part: usize) -> std::arch::x86_64::__m256;
+
+    /// A row's input step * STEP + part, eight times.
+    ///
+    /// # Safety
+    /// The processor has AVX2, and the input is there.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn repeated(row: *const Self, step: usize, part: usize) -> std::arch::x86_64::__m256;
+
     /// Adds `rows` x `panels` to `sums`: P panels of `steps` packed lines, M rows.
     fn tile<const M: usize, const P: usize>(
         isa: Isa,
@@ -34,12 +78,14 @@ pub trait Number: Copy + Default + Send + Sync + 'static {
         panels: [*const Self::Packed; P],
         steps: usize,
         sums: &mut [[[f32; PANEL]; P]; M],
+        ahead: Ahead,
     );
 }
 
 impl Number for f32 {
     type Packed = f32;
     const STEP: usize = 1;
+    const AVX2_TILE: usize = 6; // 12 accumulators
 
     #[inline(always)]
     fn from_f32(value: f32) -> f32 {
@@ -58,6 +104,20 @@ impl Number for f32 {
         std::arch::x86_64::_mm256_loadu_ps(place)
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn unpacked(place: *const f32, _: usize) -> std::arch::x86_64::__m256 {
+        std::arch::x86_64::_mm256_loadu_ps(place)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn repeated(row: *const f32, step: usize, _: usize) -> std::arch::x86_64::__m256 {
+        std::arch::x86_64::_mm256_broadcast_ss(&*row.add(step))
+    }
+
     fn pack(values: [f32; 2]) -> f32 {
         values[0]
     }
@@ -69,13 +129,16 @@ impl Number for f32 {
         panels: [*const f32; P],
         steps: usize,
         sums: &mut [[[f32; PANEL]; P]; M],
+        ahead: Ahead,
     ) {
         #[cfg(target_arch = "x86_64")]
-        if isa >= Isa::Avx512 {
-            // SAFETY: the processor has the instructions, and the sizes are those below.
-            return unsafe { f32_tile(rows, panels, steps, sums) };
+        // SAFETY: the processor has the instructions, and the sizes are those below.
+        match isa {
+            Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { f32_tile(rows, panels, steps, sums, ahead) },
+            Isa::Avx2 => return unsafe { avx2_tile::<f32, M, P>(rows, panels, steps, sums, ahead) },
+            Isa::Plain => {}
         }
-        let _ = isa;
+        let _ = (isa, ahead);
         let mut kept = [[[0f32; PANEL]; P]; M]; // a local array stays in registers
         for step in 0..steps {
             for p in 0..P {
@@ -101,6 +164,7 @@ pub struct Bf16(pub u16);
 impl Number for Bf16 {
     type Packed = u32; // the weights of two inputs, the first in the lower half
     const STEP: usize = 2;
+    const AVX2_TILE: usize = 4; // 8, and the two halves of the weights
 
     /// To nearest, ties to even.
     #[inline(always)]
@@ -122,6 +186,20 @@ impl Number for Bf16 {
         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(place.cast())), 16))
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn unpacked(place: *const u32, part: usize) -> std::arch::x86_64::__m256 {
+        half_of_each(std::arch::x86_64::_mm256_loadu_si256(place.cast()), part)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn repeated(row: *const Bf16, step: usize, part: usize) -> std::arch::x86_64::__m256 {
+        half_of_each(std::arch::x86_64::_mm256_set1_epi32(row.cast::<i32>().add(step).read_unaligned()), part)
+    }
+
     fn pack(values: [Bf16; 2]) -> u32 {
         values[0].0 as u32 | (values[1].0 as u32) << 16
     }
@@ -133,13 +211,16 @@ impl Number for Bf16 {
         panels: [*const u32; P],
         steps: usize,
         sums: &mut [[[f32; PANEL]; P]; M],
+        ahead: Ahead,
     ) {
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512Bf16 {
-            // SAFETY: the processor has the instructions, and the sizes are those below.
-            return unsafe { bf16_tile(rows, panels, steps, sums) };
+        // SAFETY: the processor has the instructions, and the sizes are those below.
+        match isa {
+            Isa::Avx512Bf16 => return unsafe { bf16_tile(rows, panels, steps, sums, ahead) },
+            Isa::Avx2 => return unsafe { avx2_tile::<Bf16, M, P>(rows, panels, steps, sums, ahead) },
+            Isa::Avx512 | Isa::Plain => {}
         }
-        let _ = isa;
+        let _ = (isa, ahead);
         let mut kept = [[[0f32; PANEL]; P]; M];
         for step in 0..steps {
             for p in 0..P {
@@ -158,7 +239,73 @@ impl Number for Bf16 {
     }
 }
 
-/// The same with the accumulators in registers, which the compiler does not manage for many rows.
+/// Eight pairs of bfloat16 -> the first (part 0) or second of each as float32.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn half_of_each(pairs: std::arch::x86_64::__m256i, part: usize) -> std::arch::x86_64::__m256 {
+    use std::arch::x86_64::*;
+    _mm256_castsi256_ps(match part {
+        0 => _mm256_slli_epi32(pairs, 16),
+        _ => _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000u32 as i32)),
+    })
+}
+
+/// The same for 16 registers of 8: so many columns at a time that the accumulators, 12 at most, stay there.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_tile<N: Number, const M: usize, const P: usize>(
+    rows: [*const N; M],
+    panels: [*const N::Packed; P],
+    steps: usize,
+    sums: &mut [[[f32; PANEL]; P]; M],
+    ahead: Ahead,
+) {
+    for p in 0..P {
+        let panel = panels[p];
+        if M <= 3 {
+            avx2_columns::<N, M, 4>(rows, panel, steps, std::array::from_fn(|m| sums[m][p].as_mut_ptr()), ahead);
+        } else {
+            let [first, second] = ahead.halves(steps);
+            avx2_columns::<N, M, 2>(rows, panel, steps, std::array::from_fn(|m| sums[m][p].as_mut_ptr()), first);
+            avx2_columns::<N, M, 2>(rows, panel.add(16), steps, std::array::from_fn(|m| sums[m][p][16..].as_mut_ptr()), second);
+        }
+    }
+}
+
+/// W registers of columns.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_columns<N: Number, const M: usize, const W: usize>(
+    rows: [*const N; M],
+    panel: *const N::Packed,
+    steps: usize,
+    sums: [*mut f32; M],
+    ahead: Ahead,
+) {
+    use std::arch::x86_64::*;
+    let mut kept = [[_mm256_setzero_ps(); W]; M];
+    for step in 0..steps {
+        ahead.fetch::<M>(step);
+        for part in 0..N::STEP {
+            let line: [__m256; W] = std::array::from_fn(|w| N::unpacked(panel.add(step * PANEL + 8 * w), part));
+            for m in 0..M {
+                let input = N::repeated(rows[m], step, part);
+                for w in 0..W {
+                    kept[m][w] = _mm256_fmadd_ps(line[w], input, kept[m][w]);
+                }
+            }
+        }
+    }
+    for (kept, sums) in kept.iter().zip(sums) {
+        for w in 0..W {
+            _mm256_storeu_ps(sums.add(8 * w), kept[w]);
+        }
+    }
+}
+
+/// The same with the accumulators in AVX-512 registers, which the compiler does not manage for many rows.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn f32_tile<const M: usize, const P: usize>(
@@ -166,10 +313,12 @@ unsafe fn f32_tile<const M: usize, const P: usize>(
     panels: [*const f32; P],
     steps: usize,
     sums: &mut [[[f32; PANEL]; P]; M],
+    ahead: Ahead,
 ) {
     use std::arch::x86_64::*;
     let mut kept = [[[_mm512_setzero_ps(); 2]; P]; M];
     for step in 0..steps {
+        ahead.fetch::<M>(step);
         for p in 0..P {
             let line = panels[p].add(step * PANEL);
             let halves = [_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16))];
@@ -210,10 +359,12 @@ unsafe fn bf16_tile<const M: usize, const P: usize>(
     panels: [*const u32; P],
     steps: usize,
     sums: &mut [[[f32; PANEL]; P]; M],
+    ahead: Ahead,
 ) {
     use std::arch::x86_64::*;
     let mut kept = [[[_mm512_setzero_ps(); 2]; P]; M];
     for step in 0..steps {
+        ahead.fetch::<M>(step);
         for p in 0..P {
             let line = panels[p].add(step * PANEL).cast::<__m512i>();
             let halves: [__m512bh; 2] = [bf16_lanes(_mm512_loadu_si512(line)), bf16_lanes(_mm512_loadu_si512(line.add(1)))];
@@ -309,21 +460,33 @@ per_isa! {
         let (first, last) = (panels * member / members, panels * (member + 1) / members);
         let steps = matrix.inputs.div_ceil(N::STEP);
         let mut panel = first;
+        let packed = |panel: usize| matrix.panels.as_ptr().wrapping_add(panel * steps * PANEL).cast::<u8>();
+        let bytes = PANEL * size_of::<N::Packed>(); // of a panel, at each step
         while rows == 1 && panel + 4 <= last { // one row waits for each sum: four panels at once
-            some::<N, 1, 4>(isa, input, 0, matrix, panel, steps, output);
+            some::<N, 1, 4>(isa, input, 0, matrix, panel, steps, output, Ahead::share(packed(panel), bytes, steps, 0, 1));
             panel += 4;
         }
+        let tiles = rows.div_ceil(if isa == Isa::Avx2 { N::AVX2_TILE } else { TILE });
         for panel in panel..last {
-            let mut row = 0;
+            let (mut row, mut number) = (0, 0);
             while row < rows {
-                row += match rows - row {
-                    1 => some::<N, 1, 1>(isa, input, row, matrix, panel, steps, output),
-                    2..=3 => some::<N, 2, 1>(isa, input, row, matrix, panel, steps, output),
-                    4..=5 => some::<N, 4, 1>(isa, input, row, matrix, panel, steps, output),
-                    6..=7 => some::<N, 6, 1>(isa, input, row, matrix, panel, steps, output),
-                    8..=11 | 16 => some::<N, 8, 1>(isa, input, row, matrix, panel, steps, output),
-                    _ => some::<N, TILE, 1>(isa, input, row, matrix, panel, steps, output),
+                let left = rows - row;
+                let size = match isa {
+                    Isa::Avx2 => left.div_ceil(left.div_ceil(N::AVX2_TILE)), // tiles of like size
+                    _ => left,
                 };
+                let ahead = Ahead::share(packed(panel + 1), bytes, steps, number, tiles);
+                row += match size {
+                    1 => some::<N, 1, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    2 => some::<N, 2, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    3 => some::<N, 3, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    4 => some::<N, 4, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    5 => some::<N, 5, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    6..=7 => some::<N, 6, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    8..=11 | 16 => some::<N, 8, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    _ => some::<N, TILE, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                };
+                number += 1;
             }
         }
     }
@@ -339,12 +502,13 @@ fn some<N: Number, const M: usize, const P: usize>(
     panel: usize,
     steps: usize,
     output: Output<N>,
+    ahead: Ahead,
 ) -> usize {
     let mut sums = [[[0f32; PANEL]; P]; M];
     // SAFETY: the caller's input has rows of `matrix.inputs` numbers, and a panel begins every steps * PANEL.
     let rows = std::array::from_fn(|m| input.at((row + m) * matrix.inputs).cast_const());
     let panels = std::array::from_fn(|p| matrix.panels[(panel + p) * steps * PANEL..(panel + p + 1) * steps * PANEL].as_ptr());
-    N::tile(isa, rows, panels, steps, &mut sums);
+    N::tile(isa, rows, panels, steps, &mut sums, ahead);
     for (m, sums) in sums.iter().enumerate() {
         for (p, sums) in sums.iter().enumerate() {
             let column = (panel + p) * PANEL;
