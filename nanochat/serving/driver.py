@@ -1,7 +1,9 @@
 """The thread that drives one device: rows of all clients decode in one batch per model, prompts are scored between two steps.
 
 Everything here but `submit`, `cancel` and `stop` runs in the thread; what it finds out reaches the event loop once per step.
-A job never waits for another client: it joins the rows in flight at the next step, and a cancelled one leaves them there.
+A job never waits for another client: it joins the rows in flight at the next step, and a cancelled one leaves them there. A stream's first text
+goes out at once and the rest every STREAM_SECONDS, in which a small model says several tokens: each on its own would cost the server, and whoever
+reads it, more than the token did.
 """
 import asyncio
 import queue
@@ -16,6 +18,9 @@ import torch
 from nanochat.engine import Engine, Request, message_parts
 from nanochat.serving import scoring
 from nanochat.serving.text import Answer
+
+
+STREAM_SECONDS = 0.02  # nobody reads fifty pieces a second
 
 
 class Seat:
@@ -193,10 +198,15 @@ class Driver(threading.Thread):
             self.outbox.append((job, error))
 
     def step(self, seat):
-        """One token more for every row of a seat. First tokens go out before the step that they would wait for."""
-        if self.waiting:
+        """One token more for every row of a seat. First tokens go out before the step that they would wait for, and on a CPU, which reads two prompts no
+        faster together, before the next prompt."""
+        while self.waiting:
             with torch.inference_mode():
-                self.take(seat, seat.engine.admit())
+                events = seat.engine.admit(1 if seat.model.device.type == "cpu" else None)
+            if not events:
+                break
+            self.take(seat, events)
+            self.count()
             self.send()
         self.take(seat, seat.engine.step())
         if not seat.answers:
@@ -205,13 +215,14 @@ class Driver(threading.Thread):
 
     def take(self, seat, events):
         """A step's events -> pieces for the jobs they belong to."""
+        now = time.perf_counter()
         for event in events:
             if event.id not in seat.answers:  # a stop string has ended it in this very step
                 continue
             job, index, answer = seat.answers[event.id]
             if not job.has_begun:
                 job.has_begun = True
-                self.metrics.observe("nanochat_first_token_seconds", time.perf_counter() - job.born)
+                self.metrics.observe("nanochat_first_token_seconds", now - job.born)
             completion = event.completion
             text = answer.add(event.token, is_end=completion is not None and completion.finish_reason == "stop")
             if completion is not None:
@@ -219,7 +230,7 @@ class Driver(threading.Thread):
             elif answer.is_cut:
                 seat.engine.cancel(event.id)
                 self.end(seat, event.id, "stop", text)
-            elif job.streams and text:
+            elif job.streams and (text := answer.held(text, now, STREAM_SECONDS)):
                 self.outbox.append((job, Piece(index, text, *answer.release(finished=False), None)))
 
     def end(self, seat, id, reason, text=""):
@@ -228,8 +239,7 @@ class Driver(threading.Thread):
             text += answer.finish()
         if answer.is_cut:
             reason = "stop"
-        if not job.streams:
-            text = answer.whole
+        text = answer.held(text) if job.streams else answer.whole
         parts = None if answer.is_cut else message_parts(seat.tokenizer, answer.tokens)
         if parts is not None and all(part["type"] == "text" for part in parts):
             parts = None

@@ -61,6 +61,8 @@ pub struct Transformer<N: Number> {
     pub sin: Vec<f32>,
     pub team: Team,
     pub isa: Isa,
+    pub x: Vec<f32>, // of the last step, kept for their memory
+    pub logits: Vec<f32>,
     buffers: Buffers<N>,
 }
 
@@ -87,6 +89,8 @@ impl<N: Number> Transformer<N> {
             sin: Vec::new(),
             team: Team::default(),
             isa: isa(),
+            x: Vec::new(),
+            logits: Vec::new(),
             buffers: Buffers { input: Vec::new(), wide: Vec::new(), qkv: Vec::new(), scores: Vec::new() },
         }
     }

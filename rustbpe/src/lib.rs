@@ -365,40 +365,56 @@ mod python {
             prompt_of: Vec<i64>,
             threads: usize,
         ) -> PyResult<()> {
-            let (num_rows, capacity) = room;
-            let (layers, angles, vocab) = of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim, model.head.columns));
-            let of_layers = |addresses: &Vec<usize>| addresses.len() == layers;
-            let fits = |(i, (&row, &position)): (usize, (&i64, &i64))| {
-                let shared = match prompt_of.get(i) {
-                    Some(&number) if number >= 0 => prompts.get(number as usize).map_or(usize::MAX, |prompt| prompt.3),
-                    _ => 0,
-                };
-                (0..num_rows as i64).contains(&row)
-                    && (0..angles as i64).contains(&position)
-                    && shared <= position as usize
-                    && position as usize - shared < capacity
-            };
-            if let Some(id) = ids.iter().find(|id| !(0..vocab as i64).contains(id)) {
-                return Err(value_error(format!("token {id} is outside the vocabulary of {vocab}: encode with the model's own tokenizer")));
-            }
-            let whole = rows.len() == positions.len()
-                && ids.len() == rows.len()
-                && (prompt_of.is_empty() || prompt_of.len() == rows.len())
-                && of_layers(&keys)
-                && of_layers(&values)
-                && prompts.iter().all(|prompt| of_layers(&prompt.0) && of_layers(&prompt.1));
-            if !whole || !rows.iter().zip(&positions).enumerate().all(fits) {
-                return Err(value_error(format!(
-                    "{} tokens at positions up to {} do not fit {layers} layers of {num_rows} rows of {capacity} positions behind {} prompts, of which {angles} have angles",
-                    rows.len(), positions.iter().max().unwrap_or(&0), prompts.len()
-                )));
-            }
             let tokens = Tokens { ids: &ids, rows: &rows, positions: &positions, prompts: &prompt_of };
+            self.check(tokens, (&keys, &values), room, &prompts)?;
             // SAFETY: rows and positions lie inside the caches, and x has a row for each token.
             py.detach(
                 || of_either!(&mut self.0, model => unsafe { model.continued(x, tokens, (&keys, &values), strides, &prompts, threads) }),
             );
             Ok(())
+        }
+
+        /// `hidden`, `logits` and `draw` at once, of one token for each row: a server's other threads wait for the interpreter's lock between calls.
+        /// `vocab` of the logits are drawn from.
+        #[allow(clippy::too_many_arguments)]
+        fn next(
+            &mut self,
+            py: Python<'_>,
+            ids: Vec<i64>,
+            rows: Vec<i64>,
+            positions: Vec<i64>,
+            keys: Vec<usize>,
+            values: Vec<usize>,
+            strides: [usize; 3],
+            room: (usize, usize),
+            prompts: Vec<(Vec<usize>, Vec<usize>, usize, usize)>,
+            prompt_of: Vec<i64>,
+            vocab: usize,
+            cap: f32,
+            draws: Vec<(f32, usize, f32)>,
+            uniforms: Vec<f64>,
+            threads: usize,
+        ) -> PyResult<(Vec<usize>, Vec<f64>)> {
+            let tokens = Tokens { ids: &ids, rows: &rows, positions: &positions, prompts: &prompt_of };
+            self.check(tokens, (&keys, &values), room, &prompts)?;
+            let stride = of_either!(&self.0, model => model.head.columns);
+            let draws = settings(draws, uniforms, ids.len(), vocab, stride)?;
+            Ok(py.detach(|| {
+                of_either!(&mut self.0, model => {
+                    let (mut x, mut logits) = (std::mem::take(&mut model.x), std::mem::take(&mut model.logits));
+                    x.resize(ids.len() * model.width, 0.0);
+                    logits.resize(ids.len() * stride, 0.0);
+                    let (x_place, logits_place) = (Place(x.as_mut_ptr()), Place(logits.as_mut_ptr()));
+                    // SAFETY: rows and positions lie inside the caches, x and logits have a row for each token.
+                    let drawn = unsafe {
+                        model.continued(x.as_mut_ptr() as usize, tokens, (&keys, &values), strides, &prompts, threads);
+                        model.logits(x_place, ids.len(), logits_place, threads);
+                        model.draw(logits_place, stride, vocab, cap, &draws, threads)
+                    };
+                    (model.x, model.logits) = (x, logits);
+                    drawn.into_iter().unzip()
+                })
+            }))
         }
 
         /// x (count, width) float32 -> out (count, vocabulary) float32, before the soft-cap.
@@ -423,18 +439,65 @@ mod python {
             uniforms: Vec<f64>,
             threads: usize,
         ) -> PyResult<(Vec<usize>, Vec<f64>)> {
-            if draws.len() != uniforms.len() || vocab == 0 || vocab > stride {
-                return Err(value_error(format!("{} rows, {} random numbers, {vocab} of {stride} logits", draws.len(), uniforms.len())));
-            }
-            let draws: Vec<Draw> = (draws.into_iter().zip(uniforms))
-                .map(|((temperature, top_k, top_p), uniform)| Draw { temperature, top_k, top_p, uniform })
-                .collect();
+            let rows = draws.len();
+            let draws = settings(draws, uniforms, rows, vocab, stride)?;
             // SAFETY: the caller's logits are as large as that.
             Ok(py.detach(|| {
                 of_either!(&mut self.0, model => unsafe { model.draw(Place(logits as *mut f32), stride, vocab, cap, &draws, threads) })
                     .into_iter()
                     .unzip()
             }))
+        }
+    }
+
+    fn settings(draws: Vec<(f32, usize, f32)>, uniforms: Vec<f64>, rows: usize, vocab: usize, stride: usize) -> PyResult<Vec<Draw>> {
+        if draws.len() != rows || uniforms.len() != rows || vocab == 0 || vocab > stride {
+            return Err(value_error(format!("{rows} rows, {} settings, {} random numbers, {vocab} of {stride} logits", draws.len(), uniforms.len())));
+        }
+        Ok((draws.into_iter().zip(uniforms))
+            .map(|((temperature, top_k, top_p), uniform)| Draw { temperature, top_k, top_p, uniform })
+            .collect())
+    }
+
+    impl CpuTransformer {
+        /// ValueError for tokens outside the vocabulary or the cache.
+        fn check(
+            &self,
+            tokens: Tokens,
+            (keys, values): (&[usize], &[usize]),
+            (num_rows, capacity): (usize, usize),
+            prompts: &[(Vec<usize>, Vec<usize>, usize, usize)],
+        ) -> PyResult<()> {
+            let Tokens { ids, rows, positions, prompts: prompt_of } = tokens;
+            let (layers, angles, vocab) =
+                of_either!(&self.0, model => (model.layers.len(), model.cos.len() * 2 / model.head_dim, model.head.columns));
+            if let Some(id) = ids.iter().find(|id| !(0..vocab as i64).contains(id)) {
+                return Err(value_error(format!("token {id} is outside the vocabulary of {vocab}: encode with the model's own tokenizer")));
+            }
+            let of_layers = |addresses: &[usize]| addresses.len() == layers;
+            let fits = |(i, (&row, &position)): (usize, (&i64, &i64))| {
+                let shared = match prompt_of.get(i) {
+                    Some(&number) if number >= 0 => prompts.get(number as usize).map_or(usize::MAX, |prompt| prompt.3),
+                    _ => 0,
+                };
+                (0..num_rows as i64).contains(&row)
+                    && (0..angles as i64).contains(&position)
+                    && shared <= position as usize
+                    && position as usize - shared < capacity
+            };
+            let whole = rows.len() == positions.len()
+                && ids.len() == rows.len()
+                && (prompt_of.is_empty() || prompt_of.len() == rows.len())
+                && of_layers(keys)
+                && of_layers(values)
+                && prompts.iter().all(|prompt| of_layers(&prompt.0) && of_layers(&prompt.1));
+            if !whole || !rows.iter().zip(positions).enumerate().all(fits) {
+                return Err(value_error(format!(
+                    "{} tokens at positions up to {} do not fit {layers} layers of {num_rows} rows of {capacity} positions behind {} prompts, of which {angles} have angles",
+                    rows.len(), positions.iter().max().unwrap_or(&0), prompts.len()
+                )));
+            }
+            Ok(())
         }
     }
 
