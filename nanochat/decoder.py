@@ -46,10 +46,6 @@ class Decoder:
         """(n, C) -> (n, V), before the soft-cap where there is a `cap`."""
         return self.model.logits(hidden)
 
-    def next_raw_logits(self, tokens, kv_cache):
-        """The last token of each row -> (B, V) for the next one."""
-        return self.raw_logits(self.hidden(torch.tensor(tokens, device=self.model.device)[:, None], kv_cache)[:, 0])
-
     def prompts_raw_logits(self, prompts, prefill):
         """Lists of ids, without those that the prefill has already -> (P, V) after the last of each."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
@@ -63,7 +59,8 @@ class Decoder:
 
     def next_tokens(self, tokens, kv_cache, sampler, uniform, vocab_size):
         """The last token of each row and a random number -> lists of the next ones and their log-probabilities, drawn from the first `vocab_size`."""
-        return sampler(self.next_raw_logits(tokens, kv_cache)[:, :vocab_size], uniform)
+        hidden = self.hidden(torch.tensor(tokens, device=self.model.device)[:, None], kv_cache)[:, 0]
+        return sampler(self.raw_logits(hidden)[:, :vocab_size], uniform)
 
 
 class CpuDecoder(Decoder):

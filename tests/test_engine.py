@@ -403,3 +403,21 @@ def test_characters_are_held_back_until_they_are_whole():
         pieces.append(stream.add(byte))
     assert pieces == ["a", "", "", "€", "", "", "", "😀"]
     assert stream.add(0xE2) == "" and stream.flush() == "\ufffd"
+
+
+def test_prompts_let_in_one_by_one_say_what_they_say_together(model):
+    requests = [Request([256, *range(seed, seed + 3 + seed)], num_samples=1 + seed % 3, max_new_tokens=6, seed=seed) for seed in range(5)]
+    engine = Engine(model, ByteTokenizer(), max_rows=7)
+    ids, tokens, entered = {}, {}, []
+    for place, request in enumerate(requests):
+        ids.update((id, (place, sample)) for sample, id in enumerate(engine.add(request)))
+    while not engine.is_idle:
+        while events := engine.admit(1):
+            entered.append(len({ids[event.id][0] for event in events}))
+            for event in events:
+                tokens.setdefault(ids[event.id], []).append(event.token)
+        for event in engine.step():
+            tokens.setdefault(ids[event.id], []).append(event.token)
+    assert set(entered) == {1} and len(entered) >= len(requests)
+    together = Engine(model, ByteTokenizer(), max_rows=7).generate(requests)
+    assert tokens == {(place, sample): completion.tokens for place, group in enumerate(together) for sample, completion in enumerate(group)}
