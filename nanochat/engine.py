@@ -1,8 +1,8 @@
 """One engine for RL, evaluation, terminal and web: many different prompts in flight, each row with its own settings.
 
 Continuous batching (Orca, OSDI 2022): at every step finished rows leave at once and waiting ones enter. A group of samples
-shares one pass over its prompt. A row's random numbers come from (seed, sample, draw) alone, and on a CPU its logits are the same to
-the bit whatever else is in flight (decoder.py); on a GPU products of another shape round differently, and a near tie may fall the other way.
+shares one pass over its prompt. A row's random numbers come from (seed, sample, draw) alone, and on a CPU it is the same to the bit, log-probabilities
+included, whatever else is in flight (decoder.py); on a GPU products of another shape round differently, and a near tie may fall the other way.
 Calculator calls are answered inside the row. Not thread-safe: one thread drives an engine.
 """
 import codecs

@@ -67,19 +67,6 @@ def test_an_answer_is_its_bytes_decoded_and_cut_and_every_token_has_its_place(da
     assert answer.offsets == sorted(answer.offsets)
 
 
-@given(st.lists(st.tuples(st.text("ab", max_size=2), st.integers(0, 5)), max_size=40))
-def test_a_stream_s_first_text_goes_at_once_the_rest_in_turns_and_none_is_lost(pieces):
-    answer, now, sent = Answer(TextStream(ByteTokenizer())), 100, []
-    for text, passed in pieces:
-        now += passed
-        if ready := answer.held(text, now, 2.0):
-            sent.append((now, ready))
-    assert all(later[0] - earlier[0] >= 2.0 for earlier, later in zip(sent, sent[1:]))
-    first = next((place for place, (text, _) in enumerate(pieces) if text), None)
-    assert first is None or sent[0] == (100 + sum(passed for _, passed in pieces[:first + 1]), pieces[first][0])
-    assert "".join(text for _, text in sent) + answer.held("end") == "".join(text for text, _ in pieces) + "end"
-
-
 def test_offsets_count_characters_and_tokens_have_distinct_names():
     text, offsets = text_offsets(ByteTokenizer(), [*"aé東b".encode()])
     assert text == "aé東b" and offsets == [0, 1, 1, 2, 2, 2, 3]

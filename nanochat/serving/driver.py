@@ -2,10 +2,11 @@
 
 Everything here but `submit`, `cancel` and `stop` runs in the thread; what it finds out reaches the event loop once per step.
 A job never waits for another client: it joins the rows in flight at the next step, and a cancelled one leaves them there. A stream's first text
-goes out at once and the rest every STREAM_SECONDS, in which a small model says several tokens: each on its own would cost the server, and whoever
+goes out at once and the rest every STREAM_SECONDS, in which a small model says many tokens: each on its own would cost the server, and whoever
 reads it, more than the token did.
 """
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -20,7 +21,7 @@ from nanochat.serving import scoring
 from nanochat.serving.text import Answer
 
 
-STREAM_SECONDS = 0.02  # nobody reads fifty pieces a second
+STREAM_SECONDS = 0.04  # more than 25 pieces a second are not seen
 
 
 class Seat:
@@ -61,9 +62,21 @@ class Generation:
     streams: bool  # pieces at every step, or only whole choices
     text_stream: object  # tokenizer -> TextStream: what of the tokens is text
     pieces: asyncio.Queue = field(default_factory=asyncio.Queue)
+    held: list = field(default_factory=list)  # pieces that wait for the stream's turn
+    turn: float = -math.inf  # by the event loop's clock
+    timer: asyncio.TimerHandle | None = None
     born: float = field(default_factory=time.perf_counter)
     ids: list[int] = field(default_factory=list)
     has_begun: bool = False
+
+    def release(self, loop):
+        """On the event loop: hand out what is held."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer, self.turn = None, loop.time() + STREAM_SECONDS
+        for piece in self.held:
+            self.pieces.put_nowait(piece)
+        self.held.clear()
 
 
 @dataclass(eq=False)
@@ -230,7 +243,7 @@ class Driver(threading.Thread):
             elif answer.is_cut:
                 seat.engine.cancel(event.id)
                 self.end(seat, event.id, "stop", text)
-            elif job.streams and (text := answer.held(text, now, STREAM_SECONDS)):
+            elif job.streams and text:
                 self.outbox.append((job, Piece(index, text, *answer.release(finished=False), None)))
 
     def end(self, seat, id, reason, text=""):
@@ -239,7 +252,8 @@ class Driver(threading.Thread):
             text += answer.finish()
         if answer.is_cut:
             reason = "stop"
-        text = answer.held(text) if job.streams else answer.whole
+        if not job.streams:
+            text = answer.whole
         parts = None if answer.is_cut else message_parts(seat.tokenizer, answer.tokens)
         if parts is not None and all(part["type"] == "text" for part in parts):
             parts = None
@@ -266,12 +280,19 @@ class Driver(threading.Thread):
 
 
 def deliver(news):
-    """On the event loop: each piece of news to the job it belongs to."""
+    """On the event loop: each piece of news to the job it belongs to. Pieces wait for their stream's turn, unless there is a last one among them."""
+    loop, streams = asyncio.get_running_loop(), {}
     for job, item in news:
         if isinstance(job, Generation):
-            job.pieces.put_nowait(item)
+            job.held.append(item)
+            streams[job] = streams.get(job, False) or isinstance(item, Exception) or item.finish is not None
         elif not job.result.done():
             if isinstance(item, Exception):
                 job.result.set_exception(item)
             else:
                 job.result.set_result(item)
+    for job, has_last in streams.items():
+        if has_last or loop.time() >= job.turn:
+            job.release(loop)
+        elif job.timer is None:
+            job.timer = loop.call_at(job.turn, job.release, loop)

@@ -1,6 +1,4 @@
 """Tokens become text while they come: characters whole, stop strings and special tokens not shown, each token's place in the text known."""
-import math
-
 from nanochat.engine import TextStream
 from nanochat.tokenizer import SPECIAL_TOKENS
 
@@ -71,7 +69,6 @@ class Answer:
         self.stream, self.stop_text = stream, StopText(stops)
         self.tokens, self.offsets, self.pieces = [], [], []
         self.decoded = self.shown = self.released = 0  # characters decoded, characters shown, tokens that have been handed out
-        self.waiting, self.sent = "", -math.inf  # text shown that has not been sent yet, and when some was last
 
     def add(self, token, is_end=False):
         """A token -> the text that is certain now; an end token is no text."""
@@ -92,14 +89,6 @@ class Answer:
         """The text that was held back, at the end of an answer that no stop string has cut."""
         text = self.show(self.stream.flush())
         return text if self.is_cut else text + self.count(self.stop_text.flush())
-
-    def held(self, text, now=math.inf, seconds=0.0):
-        """Text that may be sent -> it and what waits, if nothing has been sent for so long; else "", and it waits too."""
-        self.waiting += text
-        if not self.waiting or now - self.sent < seconds:
-            return ""
-        text, self.waiting, self.sent = self.waiting, "", now
-        return text
 
     @property
     def whole(self):
