@@ -10,6 +10,7 @@ use crate::isa::{per_isa, Isa};
 
 pub const PANEL: usize = 32; // columns of a panel: two AVX-512 registers of float32
 const TILE: usize = 12; // rows at once: 24 accumulators of 32 registers
+const BLOCK: usize = 96; // rows that meet all panels before the next ones do: they stay in the core's own memory
 
 /// Where the next panel is, or a tile's share of it: the first rows to read a panel wait for memory and those after them for sums, so each tile
 /// fetches `bytes` a step meanwhile.
@@ -459,35 +460,40 @@ per_isa! {
         let panels = matrix.columns.div_ceil(PANEL);
         let (first, last) = (panels * member / members, panels * (member + 1) / members);
         let steps = matrix.inputs.div_ceil(N::STEP);
-        let mut panel = first;
         let packed = |panel: usize| matrix.panels.as_ptr().wrapping_add(panel * steps * PANEL).cast::<u8>();
         let bytes = PANEL * size_of::<N::Packed>(); // of a panel, at each step
-        while rows == 1 && panel + 4 <= last { // one row waits for each sum: four panels at once
-            some::<N, 1, 4>(isa, input, 0, matrix, panel, steps, output, Ahead::share(packed(panel), bytes, steps, 0, 1));
-            panel += 4;
-        }
-        let tiles = rows.div_ceil(if isa == Isa::Avx2 { N::AVX2_TILE } else { TILE });
-        for panel in panel..last {
-            let (mut row, mut number) = (0, 0);
-            while row < rows {
-                let left = rows - row;
-                let size = match isa {
-                    Isa::Avx2 => left.div_ceil(left.div_ceil(N::AVX2_TILE)), // tiles of like size
-                    _ => left,
-                };
-                let ahead = Ahead::share(packed(panel + 1), bytes, steps, number, tiles);
-                row += match size {
-                    1 => some::<N, 1, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    2 => some::<N, 2, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    3 => some::<N, 3, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    4 => some::<N, 4, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    5 => some::<N, 5, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    6..=7 => some::<N, 6, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    8..=11 | 16 => some::<N, 8, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                    _ => some::<N, TILE, 1>(isa, input, row, matrix, panel, steps, output, ahead),
-                };
-                number += 1;
+        let mut row = 0;
+        while row < rows {
+            let end = rows.min(row + BLOCK);
+            let mut panel = first;
+            while end - row == 1 && panel + 4 <= last { // one row waits for each sum: four panels at once
+                some::<N, 1, 4>(isa, input, row, matrix, panel, steps, output, Ahead::share(packed(panel), bytes, steps, 0, 1));
+                panel += 4;
             }
+            let tiles = (end - row).div_ceil(if isa == Isa::Avx2 { N::AVX2_TILE } else { TILE });
+            for panel in panel..last {
+                let (mut row, mut number) = (row, 0);
+                while row < end {
+                    let left = end - row;
+                    let size = match isa {
+                        Isa::Avx2 => left.div_ceil(left.div_ceil(N::AVX2_TILE)), // tiles of like size
+                        _ => left,
+                    };
+                    let ahead = Ahead::share(packed(panel + 1), bytes, steps, number, tiles);
+                    row += match size {
+                        1 => some::<N, 1, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        2 => some::<N, 2, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        3 => some::<N, 3, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        4 => some::<N, 4, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        5 => some::<N, 5, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        6..=7 => some::<N, 6, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        8..=11 | 16 => some::<N, 8, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                        _ => some::<N, TILE, 1>(isa, input, row, matrix, panel, steps, output, ahead),
+                    };
+                    number += 1;
+                }
+            }
+            row = end;
         }
     }
 }
@@ -549,7 +555,7 @@ mod tests {
             let mut matrix = Matrix::default();
             unsafe { matrix.pack(&[(weights.as_ptr(), cut), (weights[cut * inputs..].as_ptr(), columns - cut)], inputs) };
             let mut alone = Vec::new();
-            for rows in [1, 2, 3, 5, 7, 8, 11, 12, 13, 16, 17, 29] {
+            for rows in [1, 2, 3, 5, 7, 8, 11, 12, 13, 16, 17, 29, 97, 200] {
                 let mut input: Vec<N> = (0..rows * inputs).map(|i| N::from_f32(value(3 * i + 1))).collect();
                 let mut output = vec![f32::NAN; rows * columns];
                 for members in [1, 3] {
