@@ -452,7 +452,11 @@ mod python {
 
     fn settings(draws: Vec<(f32, usize, f32)>, uniforms: Vec<f64>, rows: usize, vocab: usize, stride: usize) -> PyResult<Vec<Draw>> {
         if draws.len() != rows || uniforms.len() != rows || vocab == 0 || vocab > stride {
-            return Err(value_error(format!("{rows} rows, {} settings, {} random numbers, {vocab} of {stride} logits", draws.len(), uniforms.len())));
+            return Err(value_error(format!(
+                "{rows} rows, {} settings, {} random numbers, {vocab} of {stride} logits",
+                draws.len(),
+                uniforms.len()
+            )));
         }
         Ok((draws.into_iter().zip(uniforms))
             .map(|((temperature, top_k, top_p), uniform)| Draw { temperature, top_k, top_p, uniform })

@@ -36,7 +36,9 @@ impl Ahead {
         #[cfg(target_arch = "x86_64")]
         if M > 3 {
             // SAFETY: a hint, which may point anywhere.
-            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(self.start.wrapping_add(step * self.bytes).cast()) };
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(self.start.wrapping_add(step * self.bytes).cast())
+            };
         }
     }
 }

@@ -214,7 +214,9 @@ mod tests {
     #[test]
     fn draws_follow_the_distribution_and_say_its_log_probability() {
         for count in [1, 5, 300, 4099] {
-            for (temperature, top_k, top_p) in [(1.0, 0, 2.0), (0.7, 50, 2.0), (1.3, 5, 0.6), (1.0, 0, 0.9), (0.3, 0, 0.05), (2.0, 0, 0.99999)] {
+            for (temperature, top_k, top_p) in
+                [(1.0, 0, 2.0), (0.7, 50, 2.0), (1.3, 5, 0.6), (1.0, 0, 0.9), (0.3, 0, 0.05), (2.0, 0, 0.99999)]
+            {
                 let draw_of = |uniform| Draw { temperature, top_k, top_p, uniform };
                 let logits = logits(count, top_k + count);
                 let distribution = expected(&logits, draw_of(0.0));
@@ -240,7 +242,10 @@ mod tests {
             {
                 let how = Draw { temperature, top_k, top_p, uniform: 0.37 + seed as f64 / 10.0 };
                 let (token, logprob) = drawn(lower, logits(3001, seed), how);
-                assert_eq!((token, logprob.to_bits()), { let best = drawn(isa(), logits(3001, seed), how); (best.0, best.1.to_bits()) });
+                assert_eq!((token, logprob.to_bits()), {
+                    let best = drawn(isa(), logits(3001, seed), how);
+                    (best.0, best.1.to_bits())
+                });
             }
         }
     }
