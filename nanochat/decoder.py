@@ -1,7 +1,7 @@
 """GPT.hidden and GPT.logits once more, for the engine: the same function without gradients, at a fraction of the cost of a small step.
 
-A step at batch 1 is a thousand small operators when it is written for training, and PyTorch pays for each. `CpuDecoder` makes the whole pass
-in one call of Rust (rustbpe/src/forward.rs), and the draw in another (sample.rs): weights packed once and read once a step, a few rows at the speed of memory.
+A step at batch 1 is a thousand small operators when it is written for training, and PyTorch pays for each. `CpuDecoder` makes the whole step,
+pass and draw, in one call of Rust (rustbpe/src/forward.rs, sample.rs): weights packed once and read once a step, a few rows at the speed of memory.
 Activations are float32 there, the cache is in the model's own format; a row's token and log-probability do not depend, to the bit, on the other rows or on the
 number of threads. `TorchDecoder`, for GPUs, needs a third of the training pass's operators: queries, keys and values are one product, RMSNorm four operators
 instead of nine. Both equal the plain model to 1e-5 in float32 (tests/test_decoder.py). Their weights are copies: `refresh` after an update.
